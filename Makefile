@@ -1,0 +1,71 @@
+# Needs only make and Python 3.11 to 3.13. `make help` lists what there is.
+PYTHON ?= python3
+SYSTEM ?= systems/mw_cubic_64.yaml
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Every pip that comes with Python 3.11 or later can do this; -qq leaves only errors.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install install-test estimate test slow lint types format build bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo "  variables: PYTHON=$(PYTHON)  SYSTEM=$(SYSTEM)  ARGS=..."
+
+install: $(VENV)/.installed  ## make .venv with freeflow in it
+
+install-test: $(VENV)/.installed-test  ## the same, with what the tests and checks need
+
+estimate: $(VENV)/.installed  ## free energy of SYSTEM; ARGS are passed on
+	$(BIN)/freeflow estimate $(SYSTEM) $(ARGS)
+
+test: $(VENV)/.installed-test  ## run the tests; ARGS are passed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(VENV)/.installed-test  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-test  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test  ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-test  ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/.installed  ## build the sdist and the wheel into dist/
+	@$(PIP_INSTALL) build
+	$(BIN)/python -m build --outdir dist .
+
+bench: $(VENV)/.installed-test  ## run the benchmarks
+	@set -e; for script in benchmarks/*.py; do \
+	  [ -e "$$script" ] || { echo "no benchmarks yet"; break; }; \
+	  echo "$(BIN)/python $$script"; $(BIN)/python "$$script" $(ARGS); \
+	done
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 11) <= v[:2] <= (3, 13); \
+	sys.exit(0 if ok else "freeflow needs Python 3.11 to 3.13; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v[:2])'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing freeflow into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV)"
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $@

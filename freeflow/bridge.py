@@ -1,0 +1,296 @@
+"""Stochastic transport: annealed Monte Carlo between a Gaussian reference and a target.
+
+The path is u_l = (1 - l) u_A + l u_B in the reference's whitened coordinates z, where u_A is
+|z|^2 / 2, so that one step size suits all modes. Every stage switches l and then takes one step
+of generalised hybrid Monte Carlo: half-refreshed velocities, one leapfrog step, a Metropolis
+test. One stage costs one energy and gradient.
+
+References: Jarzynski, PRE 56, 5018 (1997); Neal, Stat. Comput. 11, 125 (2001); Horowitz, Phys.
+Lett. B 268, 247 (1991); Crooks, PRE 60, 2721 (1999) for the reverse process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from freeflow.references import Gaussian, GaussianCrystal
+from freeflow.types import Configuration, Ensemble, Key, Move, Scalar, ThermodynamicState, Transport
+
+# Share of the velocity that survives a refreshment; see docs/bridge.md for the measurement.
+_PERSISTENCE = math.sqrt(0.5)
+ACCEPTANCE = 0.8  # aimed at by the step size
+
+
+class Schedule(NamedTuple):
+    """How the bridge is crossed: segments of equally spaced stages with one step size each."""
+
+    lambdas: Float[Array, " n_segments+1"]  # from 0 to 1
+    step_sizes: Float[Array, " n_segments"]  # leapfrog steps in whitened coordinates
+    counts: Int[Array, " n_segments"]  # stages per segment
+
+
+class BridgeParams(NamedTuple):
+    gaussian: Gaussian
+    schedule: Schedule
+
+
+class Walker(NamedTuple):
+    """Where one sample stands on the bridge."""
+
+    z: Float[Array, "n_atoms 3"]
+    velocity: Float[Array, "n_atoms 3"]
+    u_b: Scalar  # target's reduced potential at z
+    gradient: Float[Array, "n_atoms 3"]  # of u_b with respect to z
+    work: Scalar  # done so far [kT], float64
+    accepted: Scalar  # number of accepted steps
+    stage: Int[Array, ""]  # stages taken; numbers the random draws
+
+
+class Segment(NamedTuple):
+    """One piece of a schedule, in the direction of travel."""
+
+    start: Scalar
+    stop: Scalar
+    step_size: Scalar
+    count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Bridge(Transport):
+    """A transport that can also be crossed piece by piece.
+
+    `launch` draws a walker from the reference; `forward_segment` and `reverse_segment` move it
+    along a `Segment`. `forward` and `reverse` do the same over the whole schedule.
+    """
+
+    launch: Callable[[Key], Walker]
+    forward_segment: Callable[[Gaussian, Key, Walker, Segment, ThermodynamicState], Walker]
+    reverse_segment: Callable[[Gaussian, Key, Walker, Segment, ThermodynamicState], Walker]
+
+
+def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") -> Bridge:
+    """Annealed transport from a Gaussian crystal to `target`.
+
+    Args:
+        recipe: Functions of the reference's Gaussians.
+        target: Ensemble of displacements whose reduced potential the stages evaluate. It may be
+            cheaper than the ensemble that the work is measured against (float32, fewer
+            neighbours): the work then ends with the switch from one to the other, and the estimate
+            stays exact.
+        dtype: Precision of the walkers; work is accumulated in float64.
+    """
+
+    def potential(gaussian: Gaussian, z: Array, state: ThermodynamicState) -> tuple[Array, Array]:
+        return jax.value_and_grad(lambda z: target.reduced_potential(recipe.colour(gaussian, z), state))(z)
+
+    def harmonic(z: Array) -> Array:
+        return 0.5 * jnp.sum(jnp.square(z), dtype=jnp.float64)
+
+    def step(gaussian, key, walker: Walker, lam, h, state) -> Walker:
+        """One GHMC step that leaves u_lambda invariant."""
+        key_noise, key_accept = jax.random.split(jax.random.fold_in(key, walker.stage))
+        noise = recipe.noise(key_noise, dtype)
+        velocity = _PERSISTENCE * walker.velocity + math.sqrt(1 - _PERSISTENCE**2) * noise
+        low, high = (1 - lam).astype(dtype), lam.astype(dtype)
+        h = h.astype(dtype)
+        kicked = velocity - 0.5 * h * (low * walker.z + high * walker.gradient)
+        z = walker.z + h * kicked
+        u_b, gradient = potential(gaussian, z, state)
+        moved = kicked - 0.5 * h * (low * z + high * gradient)
+
+        def hamiltonian(u_b, z, v):
+            # lam * u_b with lam = 0 must not turn an infinite energy into NaN.
+            return (1 - lam) * harmonic(z) + jnp.where(lam > 0, lam * u_b, 0.0) + harmonic(v)
+
+        rise = hamiltonian(u_b, z, moved) - hamiltonian(walker.u_b, walker.z, velocity)
+        # NaN compares false: a step into nonsense is rejected.
+        accept = -rise > jnp.log(jax.random.uniform(key_accept, dtype=jnp.float32))
+        choose = lambda new, old: jnp.where(accept, new, old)  # noqa: E731
+        return Walker(
+            z=choose(z, walker.z),
+            velocity=choose(moved, -velocity),
+            u_b=choose(u_b, walker.u_b),
+            gradient=choose(gradient, walker.gradient),
+            work=walker.work,
+            accepted=walker.accepted + accept,
+            stage=walker.stage + 1,
+        )
+
+    def switch(walker: Walker, change: Array) -> Walker:
+        increment = jnp.where(change != 0, change * (walker.u_b - harmonic(walker.z)), 0.0)
+        return walker._replace(work=walker.work + increment)
+
+    def along(segment: Segment, k: Array) -> Array:
+        return segment.start + (segment.stop - segment.start) * (k / jnp.maximum(segment.count, 1))
+
+    def forward_segment(gaussian, key, walker, segment, state) -> Walker:
+        def stage(k, walker):
+            lam = along(segment, k + 1)
+            return step(gaussian, key, switch(walker, lam - along(segment, k)), lam, segment.step_size, state)
+
+        return jax.lax.fori_loop(0, segment.count, stage, walker)
+
+    def reverse_segment(gaussian, key, walker, segment, state) -> Walker:
+        """The same stages backwards: first the step, then the switch."""
+
+        def stage(k, walker):
+            lam = along(segment, k)
+            return switch(step(gaussian, key, walker, lam, segment.step_size, state), along(segment, k + 1) - lam)
+
+        return jax.lax.fori_loop(0, segment.count, stage, walker)
+
+    def at(z: Array, key: Key) -> Walker:
+        # The first step, of size zero, fetches energy and gradient through the one compiled loop.
+        zero = jnp.zeros((), jnp.float64)
+        velocity = recipe.noise(jax.random.fold_in(key, 2**32 - 1), dtype)  # far from every stage number
+        return Walker(z, velocity, zero, jnp.zeros_like(z), zero, zero, jnp.zeros((), jnp.int32))
+
+    def launch(key: Key) -> Walker:
+        return at(recipe.noise(jax.random.fold_in(key, 2**32 - 2), dtype), key)
+
+    def cross(params: BridgeParams, key: Key, x: Configuration, state: ThermodynamicState, forward: bool) -> Move:
+        gaussian = params.gaussian
+        move = forward_segment if forward else reverse_segment
+        z0 = recipe.whiten(gaussian, x).astype(dtype)
+        walker = start = move(gaussian, key, at(z0, key), fetch_segment(forward), state)
+
+        def body(walker, segment):
+            return move(gaussian, key, walker, segment, state), None
+
+        walker, _ = jax.lax.scan(body, walker, segments_of(params.schedule, forward))
+        y = recipe.colour(gaussian, walker.z.astype(jnp.float64))
+        # heat = change of the bridge's own potential - work, at either end of lambda.
+        change = walker.u_b - harmonic(z0) if forward else harmonic(walker.z) - start.u_b
+        return Move(y, change - walker.work)
+
+    def init(key, x, state):
+        raise NotImplementedError("a bridge's parameters come from bridge.tune")
+
+    return Bridge(
+        init=init,
+        forward=lambda params, key, x, state: cross(params, key, x, state, True),
+        reverse=lambda params, key, x, state: cross(params, key, x, state, False),
+        launch=launch,
+        forward_segment=forward_segment,
+        reverse_segment=reverse_segment,
+    )
+
+
+def fetch_segment(forward: bool) -> Segment:
+    """A stage of step size zero: it moves nothing, and fetches energy and gradient."""
+    end = np.float64(0.0 if forward else 1.0)
+    return Segment(end, end, np.float64(0.0), np.int32(1))
+
+
+def segments_of(schedule: Schedule, forward: bool = True) -> Segment:
+    """All segments of a schedule, stacked, in the direction of travel."""
+    forwards = Segment(schedule.lambdas[:-1], schedule.lambdas[1:], schedule.step_sizes, schedule.counts)
+    if forward:
+        return forwards
+    return Segment(*(x[::-1] for x in (forwards.stop, forwards.start, forwards.step_size, forwards.count)))
+
+
+# ----------------------------------------------------------------------------- tuning
+
+
+class Pilot(NamedTuple):
+    """What a trial crossing taught: per segment, and per sample where said."""
+
+    lambdas: np.ndarray  # (n_segments + 1,)
+    counts: np.ndarray  # (n_segments,)
+    step_sizes: np.ndarray  # (n_segments,)
+    acceptance: np.ndarray  # (n_segments,)
+    work: np.ndarray  # (n_segments, n_samples), work done in each segment [kT]
+
+
+class Pace:
+    """Chooses the stages of a pilot as it goes: short switches where the work would scatter,
+    step sizes that keep the acceptance near its aim."""
+
+    def __init__(self, spread: float = 0.25, stages: int = 4, largest_switch: float = 1 / 64, most_segments: int = 500):
+        self.lam, self._stages, self._spread, self._largest = 0.0, stages, spread, largest_switch
+        self._most, self._step_size = most_segments, 0.5
+        self._work = self._accepted = np.zeros(1)
+        self._lambdas: list[float] = [0.0]
+        self._rows: list[tuple[float, float, np.ndarray]] = []
+
+    @property
+    def arrived(self) -> bool:
+        return self.lam >= 1.0
+
+    def next(self, difference: np.ndarray) -> Segment:
+        """The next segment, from every sample's u_B - u_A where it stands now."""
+        # Quantiles: the far tail of a reference's overlaps must not stall the pilot.
+        low, high = np.quantile(difference[np.isfinite(difference)], [0.16, 0.84])
+        switch = min(self._largest, self._spread / max(0.5 * float(high - low), 1e-9))
+        if len(self._rows) >= self._most:  # crossing takes too long: hurry, and let the schedule mend it
+            switch *= 2.0 ** (1 + (len(self._rows) - self._most) / 20)
+        stop = self.lam + self._stages * switch
+        stop = 1.0 if stop > 1.0 - 0.5 * self._stages * switch else stop
+        segment = Segment(np.float64(self.lam), np.float64(stop), np.float64(self._step_size), np.int32(self._stages))
+        self.lam = float(stop)
+        return segment
+
+    def learn(self, work: np.ndarray, accepted: np.ndarray) -> None:
+        """Book a segment from every sample's total work and accepted steps so far."""
+        share = float(np.mean(accepted - self._accepted)) / self._stages if self._rows else float(
+            np.mean(accepted - 1) / self._stages
+        )
+        self._lambdas.append(self.lam)
+        self._rows.append((self._step_size, share, work - self._work))
+        self._work, self._accepted = work, accepted
+        self._step_size *= math.exp(0.8 * (share - ACCEPTANCE))
+
+    def pilot(self) -> Pilot:
+        steps, shares, works = zip(*self._rows, strict=True)
+        return Pilot(
+            np.array(self._lambdas), np.full(len(works), self._stages), np.array(steps), np.array(shares), np.array(works)
+        )
+
+
+def friction(pilot: Pilot) -> np.ndarray:
+    """Squared thermodynamic length of every pilot segment [kT * stages].
+
+    A slow crossing dissipates var(work)/2, and a segment's share of the variance is its work's
+    covariance with the whole; it falls as one over the number of stages. Shares are smoothed over
+    neighbouring segments: a pilot of a hundred samples knows each to no more than some 20 %.
+    """
+    centred = pilot.work - pilot.work.mean(axis=1, keepdims=True)
+    total = centred.sum(axis=0)
+    share = (centred * total).mean(axis=1)
+    width = np.diff(pilot.lambdas)
+    density = share * pilot.counts / np.maximum(width, 1e-12) ** 2
+    # Smooth in lambda, weighted by width, and keep away from zero and below.
+    middle = 0.5 * (pilot.lambdas[1:] + pilot.lambdas[:-1])
+    kernel = np.exp(-0.5 * ((middle[:, None] - middle[None]) / 0.08) ** 2) * width[None]
+    smooth = kernel @ density / kernel.sum(axis=1)
+    floor = 0.1 * max(float((density * width).sum()), 1e-12)
+    return 0.5 * np.maximum(smooth, floor) * width**2
+
+
+def thermodynamic_length(pilot: Pilot) -> float:
+    """L: a crossing in K stages at constant thermodynamic speed dissipates L^2 / K [kT]."""
+    return float(np.sqrt(friction(pilot)).sum())
+
+
+def schedule_from(pilot: Pilot, stages: int, n_segments: int = 32) -> Schedule:
+    """Stages at equal thermodynamic distance, in segments, with step sizes from the pilot's acceptance."""
+    distance = np.concatenate([[0.0], np.cumsum(np.sqrt(friction(pilot)))])
+    n_segments = min(n_segments, stages)
+    cuts = np.linspace(0.0, stages, n_segments + 1).round().astype(np.int32)
+    lambdas = np.interp(cuts / stages, distance / distance[-1], pilot.lambdas)
+    lambdas[0], lambdas[-1] = 0.0, 1.0
+    middle = 0.5 * (pilot.lambdas[1:] + pilot.lambdas[:-1])
+    # The logarithm of the step size is smooth in lambda; a quadratic takes out the controller's noise.
+    degree = 2 if len(middle) > 6 else 0
+    fit = np.polynomial.Polynomial.fit(middle, np.log(pilot.step_sizes), degree, w=np.sqrt(np.diff(pilot.lambdas)))
+    steps = np.exp(fit(0.5 * (lambdas[1:] + lambdas[:-1])))
+    return Schedule(lambdas, steps, np.diff(cuts))

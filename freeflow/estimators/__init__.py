@@ -1,0 +1,45 @@
+"""FEP, BAR, MBAR and how far to trust them; float64 throughout.
+
+`two_state` turns work into free energies, `multistate` reduced potentials; `diagnostics` says
+whether the answer and its error bar can be believed.
+"""
+
+from freeflow.estimators.diagnostics import (
+    Diagnostics,
+    bootstrap,
+    diagnose,
+    drift,
+    effective_sample_size,
+    hill_k,
+    hysteresis,
+    largest_weight_share,
+    overlap,
+    pareto_k,
+    reliability,
+    statistical_inefficiency,
+)
+from freeflow.estimators.multistate import MBAREstimate, mbar
+from freeflow.estimators.two_state import ESTIMATORS, Estimator, bar, fep, record, require_float64
+
+__all__ = [
+    "ESTIMATORS",
+    "Diagnostics",
+    "Estimator",
+    "MBAREstimate",
+    "bar",
+    "bootstrap",
+    "diagnose",
+    "drift",
+    "effective_sample_size",
+    "fep",
+    "hill_k",
+    "hysteresis",
+    "largest_weight_share",
+    "mbar",
+    "overlap",
+    "pareto_k",
+    "record",
+    "reliability",
+    "require_float64",
+    "statistical_inefficiency",
+]

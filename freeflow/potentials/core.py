@@ -1,0 +1,263 @@
+"""A potential on a crystal: energies and gradients of displacements, one or a batch at a time.
+
+Kernels see arrays (n_atoms, 3, batch) with the batch innermost and walk over the slots of a
+`NeighbourTable`. Users see a function of one configuration; a custom batching rule hands a whole
+vmap to the kernel, and a custom derivative uses the kernel's own gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from freeflow.geometry import NeighbourTable
+from freeflow.types import in_double_precision
+
+RadialFn = Callable[[Array], Array]  # of squared distances or of distances; elementwise
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Pair energies plus, for three-body potentials, moments of the bonds around every atom.
+
+    The energy is sum over pairs of pair(r^2), plus the sum over atoms of
+    strength/2 [M2:M2 - 2 c M1.M1 + c^2 M0^2] with the bond moments M0 = sum g, M1 = sum g n,
+    M2 = sum g n n^T of the unit bond vectors n. That expands strength/2 sum_jk g_j g_k
+    (n_j.n_k - c)^2, so that a triple sum costs no more than a pair sum. The j = k terms are
+    taken off again in `pair`.
+    """
+
+    name: str
+    cutoff: float  # [length]
+    pair: RadialFn  # squared distance -> energy, 0 beyond the cutoff
+    weight: RadialFn | None = None  # g: squared distance -> sqrt(strength) g(r); 0 beyond the cutoff
+    cosine: float = 0.0  # c
+
+
+class _Slots(NamedTuple):
+    """A neighbour table as the kernel reads it."""
+
+    partner: Any  # (n_slots, n_atoms)
+    source: Any  # (n_slots, n_atoms), one slot behind
+    offset: Any  # (n_slots, n_atoms, 3)
+    empty: Any  # (n_slots, n_atoms), or None
+
+
+def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
+    """f and df/d(r^2), by forward mode: the kernel needs no hand-written derivative."""
+    return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
+
+
+def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Callable[[Array], tuple[Array, Array]]:
+    """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch).
+
+    Two habits make this fast under XLA on CPU, and are worth their looks. Every component is an
+    array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. And what a
+    slot gives to the partners travels through the loop's carry and is fetched one slot later: a
+    fetch of something just computed would be fused with it, and the pair evaluated again.
+    """
+    n_atoms = table.partner.shape[1]
+    partner, source = np.asarray(table.partner, np.int32), np.asarray(table.source, np.int32)
+    # The partners' share of slot s is booked while slot s + 1 is computed; nothing comes before slot 0.
+    slots = _Slots(
+        partner,
+        np.concatenate([np.arange(n_atoms, dtype=np.int32)[None], source[:-1]]),
+        np.asarray(table.offset, dtype),
+        None if table.empty is None else np.asarray(table.empty),
+    )
+    last = source[-1]
+    cosine = np.asarray(potential.cosine, dtype)
+
+    def bond(x: list[Array], slot: _Slots) -> tuple[list[Array], Array]:
+        d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
+        if table.box is not None:
+            box = np.asarray(table.box, dtype)
+            d = [d[a] - box[a] * jnp.round(d[a] / box[a]) for a in range(3)]
+        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+        if slot.empty is not None:
+            r2 = jnp.where(slot.empty[:, None], jnp.asarray(1e6 * table.radius**2, dtype), r2)
+        return d, r2
+
+    def walk(visit: Callable[[_Slots], tuple[Array, tuple[Array, ...]]], parity: tuple[int, ...], zero: Array):
+        """Sum over the slots; `visit` gives an atom's energy and shares, `parity` the partner's sign of them."""
+
+        def book(totals, shares, at):
+            return tuple(
+                total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
+            )
+
+        def step(carry, slot):
+            energy, totals, shares = carry
+            totals = book(totals, shares, slot.source)
+            more, shares = visit(slot)
+            return (energy + more, totals, shares), None
+
+        none = (zero,) * len(parity)
+        (energy, totals, shares), _ = jax.lax.scan(step, (zero, none, none), slots)
+        return energy, book(totals, shares, last)
+
+    def pairs(u: Array) -> tuple[Array, Array]:
+        x = [u[:, a] for a in range(3)]
+
+        def visit(slot):
+            d, r2 = bond(x, slot)
+            energy, slope = _with_slope(potential.pair, r2)
+            return energy, tuple(-2 * slope * d[a] for a in range(3))
+
+        energy, gradient = walk(visit, (-1, -1, -1), jnp.zeros_like(x[0]))
+        return energy, jnp.stack(gradient, axis=1)
+
+    def pairs_and_triplets(weight: RadialFn, u: Array) -> tuple[Array, Array]:
+        x = [u[:, a] for a in range(3)]
+        zero = jnp.zeros_like(x[0])
+
+        def gather(slot):
+            d, r2 = bond(x, slot)
+            inverse_r = jax.lax.rsqrt(r2)
+            nx, ny, nz = (d[a] * inverse_r for a in range(3))
+            g = weight(r2)
+            gx, gy, gz = g * nx, g * ny, g * nz
+            return potential.pair(r2), (g, gx * nx, gx * ny, gx * nz, gy * ny, gy * nz, gz * nz, gx, gy, gz)
+
+        # Even moments are the same seen from either end of a bond, the first one is opposite.
+        parity = (1,) * 7 + (-1,) * 3
+        energy, (m0, xx, xy, xz, yy, yz, zz, mx, my, mz) = walk(gather, parity, zero)
+        m1_m1 = mx * mx + my * my + mz * mz
+        m2_m2 = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
+        energy = energy + 0.5 * (m2_m2 - 2 * cosine * m1_m1 + cosine * cosine * m0 * m0)
+        # Derivatives of the energy with respect to the moments, M2 as a symmetric matrix.
+        by = (cosine * cosine * m0, xx, xy, xz, yy, yz, zz, *(-2 * cosine * m for m in (mx, my, mz)))
+
+        def push(slot):
+            d, r2 = bond(x, slot)
+            inverse_r = jax.lax.rsqrt(r2)
+            nx, ny, nz = (d[a] * inverse_r for a in range(3))
+            _, slope = _with_slope(potential.pair, r2)
+            g, g_slope = _with_slope(weight, r2)
+            # A bond enters the moments of both its ends.
+            s0, sxx, sxy, sxz, syy, syz, szz, sx, sy, sz = (
+                here + sign * here[slot.partner] for here, sign in zip(by, parity, strict=True)
+            )
+            tx = sxx * nx + sxy * ny + sxz * nz
+            ty = sxy * nx + syy * ny + syz * nz
+            tz = sxz * nx + syz * ny + szz * nz
+            s_n, n_t = sx * nx + sy * ny + sz * nz, tx * nx + ty * ny + tz * nz
+            # dg/dr = 2 r dg/d(r^2); the rest turns the bond.
+            along = 2 * (slope + g_slope * (s0 + s_n + n_t)) - g * inverse_r * inverse_r * (s_n + 2 * n_t)
+            turn = g * inverse_r
+            # Minus the derivative with respect to the bond: the gradient on the atom it starts from.
+            pull = (
+                -(along * d[0] + turn * (sx + 2 * tx)),
+                -(along * d[1] + turn * (sy + 2 * ty)),
+                -(along * d[2] + turn * (sz + 2 * tz)),
+            )
+            return zero, pull
+
+        _, gradient = walk(push, (-1, -1, -1), zero)
+        return energy, jnp.stack(gradient, axis=1)
+
+    if potential.weight is None:
+        return pairs
+    return functools.partial(pairs_and_triplets, potential.weight)
+
+
+EnergyAndGradient = Callable[[Float[Array, "n 3"]], tuple[Float[Array, ""], Float[Array, "n 3"]]]
+
+
+def energy_and_gradient(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> EnergyAndGradient:
+    """U(u) - U(0) and its gradient of one set of displacements; vmap reaches the batched kernel.
+
+    Args:
+        potential: What to evaluate [energy].
+        table: Neighbours; pairs outside it are not seen.
+        dtype: Precision of the kernel. Atomic energies are relative to the lattice's and summed in
+            the widest precision that JAX has switched on.
+
+    Returns:
+        A function of displacements (n_atoms, 3) [length] that returns an energy [energy] and a
+        gradient (n_atoms, 3) [energy/length].
+    """
+    at_rest = _atomic_energies_at_rest(potential, table)
+
+    def batched(u: Float[Array, "n 3 batch"]) -> tuple[Array, Array]:
+        atomic, gradient = _kernel(potential, table, dtype)(u.astype(dtype))
+        relative = atomic - np.asarray(at_rest, dtype)[:, None]
+        # Inside double_precision this is float64, outside it is what JAX allows.
+        total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
+        return total, gradient.astype(u.dtype)
+
+    @jax.custom_batching.custom_vmap
+    def one(u):
+        energy, gradient = batched(u[:, :, None])
+        return energy[0], gradient[:, :, 0]
+
+    @one.def_vmap
+    def _(_axis_size, _in_batched, u):
+        energy, gradient = batched(jnp.moveaxis(u, 0, -1))
+        return (energy, jnp.moveaxis(gradient, -1, 0)), (True, True)
+
+    return one
+
+
+def bind(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> Callable[[Array], Array]:
+    """Energy of one set of displacements relative to the lattice; differentiable once.
+
+    See `energy_and_gradient` for the arguments.
+    """
+    evaluate = energy_and_gradient(potential, table, dtype)
+
+    @jax.custom_vjp
+    def energy(u):
+        return evaluate(u)[0]
+
+    def forward(u):
+        return evaluate(u)
+
+    def backward(gradient, cotangent):
+        return ((cotangent * gradient).astype(gradient.dtype),)
+
+    energy.defvjp(forward, backward)
+    return energy
+
+
+@in_double_precision
+def _atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> np.ndarray:
+    """Energy (n_atoms,) that the kernel books on every atom of the perfect lattice."""
+    with jax.ensure_compile_time_eval():
+        rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
+        return np.asarray(jax.jit(_kernel(potential, table, "float64"))(rest)[0])[:, 0]
+
+
+def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
+    """Energy of the perfect lattice [energy], in float64."""
+    return float(_atomic_energies_at_rest(potential, table).sum())
+
+
+@in_double_precision
+def force_constants(
+    potential: Potential, table: NeighbourTable, atoms: np.ndarray, chunk: int = 256
+) -> Float[np.ndarray, "n_atoms 3 n_columns"]:
+    """Columns of the Hessian at the lattice for the three directions of each of `atoms`.
+
+    Forward mode through the hand-written gradient, exact to rounding [energy/length**2].
+    """
+    n_atoms = table.partner.shape[1]
+    kernel = _kernel(potential, table, "float64")
+    directions = np.zeros((n_atoms, 3, 3 * len(atoms)))
+    for column, atom in enumerate(np.repeat(atoms, 3)):
+        directions[atom, column % 3, column] = 1.0
+
+    @jax.jit
+    def columns(tangent):
+        rest = jnp.zeros_like(tangent)
+        return jax.jvp(lambda u: kernel(u)[1], (rest,), (tangent,))[1]
+
+    parts = [np.asarray(columns(part)) for part in np.array_split(directions, max(1, -(-len(atoms) * 3 // chunk)), 2)]
+    return np.concatenate(parts, axis=2)

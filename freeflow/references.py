@@ -1,0 +1,396 @@
+"""Reference ensembles of crystals: Gaussians with exact partition function, density and samples.
+
+Displacements u of a crystal, with their mean over the atoms fixed, are written u = mean + A z with
+z white and A = P^(-1/2) symmetric; P is the precision matrix. Lattice translations make P
+block-circulant, so that everything is a product over wave vectors of matrices of 3 n_basis rows:
+O(N log N) by FFT. A crystal without repeats has one wave vector and dense matrices; it takes the
+same road.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from freeflow.errors import InputError, UnstableCrystalError
+from freeflow.types import Crystal, Ensemble, Key, Scalar, ThermodynamicState
+
+# Below this many coordinates a dense matrix beats the FFT on CPU.
+_DENSE_COORDINATES = 400
+# Modes whose squared frequency is below this fraction of the mean one count as unstable.
+_STABILITY = 1e-6
+
+
+class Gaussian(NamedTuple):
+    """Parameters of a Gaussian crystal; arrays, so that refitting compiles nothing anew."""
+
+    mean: Float[Array, "n_atoms 3"]  # displacement of the Gaussian's centre from the sites [length]
+    root: Array  # A: z to displacements, dense (3N, 3N) or per wave vector [length]
+    inverse_root: Array  # its inverse [1/length]
+    log_det: Scalar  # ln det A on the centre-of-mass-free space
+
+
+@dataclass(frozen=True)
+class GaussianCrystal:
+    """The functions of a Gaussian crystal; parameters come as an argument.
+
+    `colour` and `whiten` are one linear map and its inverse; A is symmetric, so `colour_gradient`
+    needs no transpose.
+    """
+
+    crystal: Crystal
+    colour: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
+    whiten: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
+    colour_gradient: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
+    noise: Callable[..., Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
+
+    def ensemble(self, parameters: Gaussian) -> Ensemble:
+        """exp(-|z|^2 / 2), whose integral over mean-free displacements is known exactly."""
+
+        def reduced_potential(u: Array, state: ThermodynamicState) -> Array:
+            z = self.whiten(parameters, u)
+            return 0.5 * jnp.sum(z * z)
+
+        def sample(key: Key, state: ThermodynamicState) -> Array:
+            return self.colour(parameters, self.noise(key, parameters.mean.dtype))
+
+        def log_partition(state: ThermodynamicState) -> Array:
+            return 1.5 * (self.crystal.n_atoms - 1) * math.log(2 * math.pi) + parameters.log_det
+
+        return Ensemble(reduced_potential, sample, log_partition)
+
+
+def gaussian_crystal(crystal: Crystal) -> GaussianCrystal:
+    """Functions of Gaussians that share the crystal's lattice translations."""
+    apply = _dense if _is_dense(crystal) else _circulant(crystal)
+
+    def colour(parameters: Gaussian, z: Array) -> Array:
+        return apply(parameters.root, z) + parameters.mean.astype(z.dtype)
+
+    def whiten(parameters: Gaussian, u: Array) -> Array:
+        return apply(parameters.inverse_root, u - parameters.mean.astype(u.dtype))
+
+    def colour_gradient(parameters: Gaussian, gradient: Array) -> Array:
+        return apply(parameters.root, gradient)
+
+    def noise(key: Key, dtype: Any) -> Array:
+        z = jax.random.normal(key, (crystal.n_atoms, 3), dtype)
+        return z - jnp.mean(z, axis=0)
+
+    return GaussianCrystal(crystal, colour, whiten, colour_gradient, noise)
+
+
+def _is_dense(crystal: Crystal) -> bool:
+    return 3 * crystal.n_atoms <= _DENSE_COORDINATES or len(crystal.site_of) == 1
+
+
+def _dense(matrix: Array, x: Array) -> Array:
+    return (matrix.astype(x.dtype) @ x.reshape(-1)).reshape(x.shape)
+
+
+def _circulant(crystal: Crystal) -> Callable[[Array, Array], Array]:
+    """Product with a block-circulant matrix given by its half spectrum (3b, 3b, m1, m2, m3//2+1)."""
+    group, n_basis = crystal.group, crystal.site_of.shape[1]
+    site_of = crystal.site_of.reshape(-1)
+    place_of = np.argsort(site_of)
+
+    def apply(spectrum: Array, x: Array) -> Array:
+        grid = jnp.moveaxis(x[site_of].reshape(*group, 3 * n_basis), -1, 0)
+        waves = jnp.fft.rfftn(grid, axes=(1, 2, 3))
+        factor = spectrum.astype(waves.dtype)
+        # A sum of elementwise products: matrices of 3 b rows are too small for a matrix product.
+        mixed = sum(factor[:, k] * waves[k][None] for k in range(3 * n_basis))
+        back = jnp.fft.irfftn(mixed, s=group, axes=(1, 2, 3))
+        return jnp.moveaxis(back, 0, -1).reshape(-1, 3)[place_of].astype(x.dtype)
+
+    return apply
+
+
+# --------------------------------------------------------------------- precision matrices
+
+
+class Precision(NamedTuple):
+    """Block-circulant precision matrix: `blocks[a, t, b]` couples basis atom a of cell 0 to b of cell t."""
+
+    blocks: np.ndarray  # (n_basis, n_translations, n_basis, 3, 3) [1/length**2]
+
+
+class Instability(NamedTuple):
+    """Modes that the Gaussian cannot hold."""
+
+    count: int
+    lowest: float  # most negative eigenvalue over the mean eigenvalue
+    wave: tuple[int, int, int]  # where, in units of the reciprocal vectors of the translation group
+
+
+def _spectrum(crystal: Crystal, blocks: np.ndarray) -> np.ndarray:
+    """Hermitian matrices (n_translations, 3b, 3b), one for each wave vector."""
+    n_basis, n_translations = blocks.shape[:2]
+    grid = np.moveaxis(blocks, 1, 0).reshape(*crystal.group, n_basis, n_basis, 3, 3)
+    waves = np.conj(np.fft.fftn(grid, axes=(0, 1, 2))).reshape(n_translations, n_basis, n_basis, 3, 3)
+    matrix = waves.transpose(0, 1, 3, 2, 4).reshape(n_translations, 3 * n_basis, 3 * n_basis)
+    return 0.5 * (matrix + np.conj(matrix.transpose(0, 2, 1)))
+
+
+def _blocks(crystal: Crystal, spectrum: np.ndarray) -> np.ndarray:
+    """Inverse of `_spectrum`."""
+    n_translations, rows = spectrum.shape[:2]
+    n_basis = rows // 3
+    waves = spectrum.reshape(n_translations, n_basis, 3, n_basis, 3).transpose(0, 1, 3, 2, 4)
+    grid = np.conj(waves).reshape(*crystal.group, n_basis, n_basis, 3, 3)
+    real = np.fft.ifftn(grid, axes=(0, 1, 2)).real.reshape(n_translations, n_basis, n_basis, 3, 3)
+    return np.moveaxis(real, 0, 1)
+
+
+def symmetrised(crystal: Crystal, blocks: np.ndarray) -> np.ndarray:
+    """Average of pair blocks (n_basis, n_translations, n_basis, 3, 3) over the crystal's point operations."""
+    n_translations, n_basis = crystal.site_of.shape
+    translation, basis = (np.empty(crystal.n_atoms, int) for _ in range(2))
+    grid = np.indices(crystal.site_of.shape)
+    translation[crystal.site_of], basis[crystal.site_of] = grid[0], grid[1]
+    steps = np.array(np.unravel_index(np.arange(n_translations), crystal.group)).T
+    total = np.zeros_like(blocks)
+    for rotation, image in zip(crystal.operations, crystal.operation_sites, strict=True):
+        first = image[crystal.site_of[0]]  # (b,): where the atoms of cell 0 go
+        second = image[crystal.site_of]  # (t, b)
+        apart = steps[translation[second]][None] - steps[translation[first]][:, None, None]  # (b, t, b, 3)
+        t = np.ravel_multi_index(tuple(np.moveaxis(apart % np.array(crystal.group), -1, 0)), crystal.group)
+        turned = rotation @ blocks @ rotation.T
+        total[basis[first][:, None, None], t, basis[second][None]] += turned
+    return total / len(crystal.operations)
+
+
+def _mean_free_basis(n_basis: int) -> np.ndarray:
+    """Orthonormal columns (3b, 3b - 3) without the three uniform translations."""
+    uniform = np.kron(np.ones((n_basis, 1)), np.eye(3)) / math.sqrt(n_basis)
+    full = np.linalg.qr(np.concatenate([uniform, np.eye(3 * n_basis)], axis=1))[0]
+    return full[:, 3:]
+
+
+def _decompose(crystal: Crystal, spectrum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (n_translations, 3b) and vectors; the three uniform translations get infinity."""
+    values, vectors = np.linalg.eigh(spectrum)
+    free = _mean_free_basis(spectrum.shape[1] // 3)
+    uniform_free = np.linalg.eigh((free.T @ spectrum[0] @ free).real) if free.shape[1] else (np.empty(0), np.eye(0))
+    values[0, :3], values[0, 3:] = np.inf, uniform_free[0]
+    rest = free @ uniform_free[1]
+    uniform = np.linalg.qr(np.concatenate([rest, np.eye(len(rest))], axis=1))[0][:, rest.shape[1] :][:, :3]
+    vectors[0] = np.concatenate([uniform, rest], axis=1)
+    return values, vectors
+
+
+def instability(crystal: Crystal, blocks: np.ndarray) -> Instability | None:
+    """The modes with negative or vanishing eigenvalues, if there are any."""
+    values, _ = _decompose(crystal, _spectrum(crystal, blocks))
+    finite = values[np.isfinite(values)]
+    scale = np.abs(finite).mean() if finite.size else 1.0
+    soft = values < _STABILITY * scale
+    if not soft.any():
+        return None
+    wave = np.unravel_index(int(np.argmin(values.min(axis=1))), crystal.group)
+    return Instability(int(soft.sum()), float(values.min() / scale), tuple(int(k) for k in wave))
+
+
+def gaussian_from_blocks(crystal: Crystal, blocks: np.ndarray, mean: np.ndarray | None = None) -> Gaussian:
+    """The Gaussian with precision P, given by its blocks [1/length**2].
+
+    Raises:
+        UnstableCrystalError: If P is not positive definite on the mean-free space.
+    """
+    unstable = instability(crystal, blocks)
+    if unstable is not None:
+        modes = "mode" if unstable.count == 1 else "modes"
+        raise UnstableCrystalError(
+            f"the lattice is not a minimum of the energy: {unstable.count} imaginary {modes}, the strongest at wave "
+            f"vector {unstable.wave} of {crystal.group} (squared frequency {unstable.lowest:.3g} of the mean); "
+            "change density or structure, or use reference: self_consistent"
+        )
+    values, vectors = _decompose(crystal, _spectrum(crystal, blocks))
+
+    def power(exponent: float) -> np.ndarray:
+        scaled = np.where(np.isfinite(values), np.where(np.isfinite(values), values, 1.0) ** exponent, 0.0)
+        return np.einsum("qik,qk,qjk->qij", vectors, scaled, np.conj(vectors), optimize=True)
+
+    finite = values[np.isfinite(values)]
+    return Gaussian(
+        mean=np.zeros((crystal.n_atoms, 3)) if mean is None else mean,
+        root=_factor(crystal, power(-0.5)),
+        inverse_root=_factor(crystal, power(0.5)),
+        log_det=np.float64(-0.5 * np.log(finite).sum()),
+    )
+
+
+def _factor(crystal: Crystal, matrices: np.ndarray) -> np.ndarray:
+    """Matrices per wave vector (n_translations, 3b, 3b) as `_dense` or `_circulant` wants them."""
+    rows = matrices.shape[1]
+    if not _is_dense(crystal):
+        half = crystal.group[2] // 2 + 1
+        grid = matrices.reshape(*crystal.group, rows, rows)[:, :, :half]
+        return np.moveaxis(grid, (3, 4), (0, 1)).copy()
+    blocks = _blocks(crystal, matrices)  # (b, t, b', 3, 3), relative to cell 0
+    n_translations, n_basis = crystal.site_of.shape
+    steps = np.indices(crystal.group).reshape(3, -1).T
+    dense = np.empty((crystal.n_atoms, 3, crystal.n_atoms, 3))
+    for s in range(n_translations):
+        apart = np.ravel_multi_index(tuple(((steps - steps[s]) % crystal.group).T), crystal.group)
+        rows_of = crystal.site_of[s]
+        # (b, t, b', 3, 3) -> rows (b, 3), columns (t, b', 3)
+        dense[rows_of[:, None, None], :, crystal.site_of[None]] = blocks[:, apart]
+    return dense.reshape(3 * crystal.n_atoms, 3 * crystal.n_atoms)
+
+
+# --------------------------------------------------------------------- the three references
+
+
+def harmonic_blocks(crystal: Crystal, force_constants: np.ndarray, beta: float) -> np.ndarray:
+    """Precision blocks beta H from the Hessian's columns of cell 0, (n_atoms, 3, 3 n_basis) [energy/length**2]."""
+    n_basis = crystal.site_of.shape[1]
+    columns = force_constants[crystal.site_of].reshape(*crystal.site_of.shape, 3, n_basis, 3)  # (t, b', j, b, i)
+    return symmetrised(crystal, beta * columns.transpose(3, 0, 1, 4, 2))
+
+
+def isotropic_blocks(crystal: Crystal, blocks: np.ndarray) -> np.ndarray:
+    """Einstein crystal: every atom on its own spring, the mean curvature of its diagonal block."""
+    alone = np.zeros_like(blocks)
+    for b in range(blocks.shape[0]):
+        alone[b, 0, b] = np.eye(3) * np.trace(blocks[b, 0, b]) / 3
+    return alone
+
+
+class Fit(NamedTuple):
+    """A fitted reference and what it took."""
+
+    gaussian: Gaussian
+    energy_evaluations: int
+    kl_bound: float  # <u_B - u_A> - ln Z_A under the reference: an upper bound of -ln Z_B [kT]
+    iterations: int
+
+
+EvaluateFn = Callable[[Float[Array, "batch n 3"]], tuple[Float[Array, " batch"], Float[Array, "batch n 3"]]]
+
+
+def fit_self_consistent(
+    recipe: GaussianCrystal,
+    start: np.ndarray,
+    evaluate: EvaluateFn,
+    seed: int,
+    isotropic: bool = False,
+    n_samples: int = 128,
+    max_iterations: int = 12,
+    progress: Callable[[int, float], None] = lambda *_: None,
+) -> Fit:
+    """The Gaussian q that minimises KL(q || target), from forces alone.
+
+    At the minimum the precision is the Boltzmann-averaged Hessian, P = <d2 u>_q. By Stein's
+    identity the whitened gradient g = A du/dx obeys <g z^T> = A <d2 u> A, the unit matrix at the
+    fixed point. Only the anharmonic remainder g - z is averaged: the harmonic part, known
+    exactly, would bring nothing but noise. Samples come as antithetic pairs; averages run over
+    the samples, the lattice translations and the point group.
+
+    Args:
+        recipe: Functions of the crystal's Gaussians.
+        start: Precision blocks to start from, (n_basis, n_translations, n_basis, 3, 3).
+        evaluate: Reduced potential relative to the lattice and gradient, of a batch.
+        seed: For the samples.
+        isotropic: Keep every atom's precision a multiple of the unit matrix (Einstein crystal).
+        n_samples: Evaluations per iteration.
+        max_iterations: When to give up improving.
+        progress: Called with the iteration and the KL bound per atom.
+
+    Raises:
+        UnstableCrystalError: If the fixed point is not positive definite.
+        InputError: If energies or forces are not finite.
+    """
+    crystal = recipe.crystal
+    blocks, mean = _stabilised(crystal, start), np.zeros((crystal.n_atoms, 3))
+    if isotropic:
+        blocks = isotropic_blocks(crystal, blocks)
+    draw = jax.jit(jax.vmap(lambda key: recipe.noise(key, jnp.float32)))
+    colour = jax.jit(jax.vmap(recipe.colour, (None, 0)))
+    colour_gradient = jax.jit(jax.vmap(recipe.colour_gradient, (None, 0)))
+    evaluations, bounds = 0, []
+    best: tuple[float, Gaussian] | None = None
+    for iteration in range(max_iterations):
+        gaussian = gaussian_from_blocks(crystal, blocks, mean)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), iteration), n_samples // 2)
+        half = draw(keys)
+        z = jnp.concatenate([half, -half])
+        u_b, gradient = evaluate(colour(gaussian, z))
+        g = colour_gradient(gaussian, gradient)
+        evaluations += n_samples
+        white, pull, excess = (np.asarray(x, np.float64) for x in (z, g, u_b))
+        if not np.isfinite(excess).all() or not np.isfinite(pull).all():
+            raise InputError(
+                "potential: energies or forces are not finite near the lattice; check density, temperature and units"
+            )
+        per_sample = excess - 0.5 * (white**2).sum(axis=(1, 2))
+        log_z = 1.5 * (crystal.n_atoms - 1) * math.log(2 * math.pi) + float(gaussian.log_det)
+        # <|z|^2>/2 is known; the excess over it carries less noise than the energy alone.
+        bound = float(per_sample.mean()) - log_z
+        noise = float(per_sample.std() / math.sqrt(n_samples / 2))
+        bounds.append(bound)
+        progress(iteration, bound / crystal.n_atoms)
+        if best is None or bound < best[0]:
+            best = (bound, gaussian)
+        correction, gain = _correction(crystal, white, pull - white, isotropic)
+        if iteration >= 2 and (gain < 0.02 or bound > bounds[-2] - 0.1 * noise and gain < 0.5):
+            break
+        spectrum = _spectrum(crystal, blocks)
+        values, vectors = _decompose(crystal, spectrum)
+        root = np.where(np.isfinite(values), np.sqrt(np.where(np.isfinite(values), values, 0.0)), 0.0)
+        half_p = np.einsum("qik,qk,qjk->qij", vectors, root, np.conj(vectors), optimize=True)
+        blocks = _blocks(crystal, half_p @ (np.eye(spectrum.shape[1]) + correction) @ half_p)
+        if isotropic:
+            blocks = isotropic_blocks(crystal, blocks)
+        shift = np.asarray(colour_gradient(gaussian, jnp.asarray(pull.mean(axis=0)[None], jnp.float32)))[0]
+        mean = mean - _symmetric_vector(crystal, np.asarray(shift, np.float64))
+    assert best is not None
+    return Fit(best[1], evaluations, best[0], len(bounds))
+
+
+def _correction(crystal: Crystal, z: np.ndarray, rest: np.ndarray, isotropic: bool) -> tuple[np.ndarray, float]:
+    """Hermitian <rest z^T> per wave vector, kept from overshooting, and the KL gain it promises [kT]."""
+    n, (n_translations, n_basis) = len(z), crystal.site_of.shape
+
+    def waves(x: np.ndarray) -> np.ndarray:
+        grid = x[:, crystal.site_of].reshape(n, *crystal.group, 3 * n_basis)
+        return np.fft.fftn(grid, axes=(1, 2, 3)).reshape(n, n_translations, 3 * n_basis)
+
+    product = np.einsum("nqi,nqj->qij", waves(rest), np.conj(waves(z)), optimize=True) / (n * n_translations)
+    blocks = _blocks(crystal, 0.5 * (product + np.conj(product.transpose(0, 2, 1))))
+    blocks = symmetrised(crystal, blocks)
+    if isotropic:
+        blocks = isotropic_blocks(crystal, blocks)
+    values, vectors = np.linalg.eigh(_spectrum(crystal, blocks))
+    gain = float(0.25 * (values**2).sum())
+    bounded = np.clip(values, -0.6, 1.5)
+    return np.einsum("qik,qk,qjk->qij", vectors, bounded, np.conj(vectors), optimize=True), gain
+
+
+def _symmetric_vector(crystal: Crystal, x: np.ndarray) -> np.ndarray:
+    """Average of a displacement field (n_atoms, 3) over translations and point operations, mean-free."""
+    periodic = np.empty_like(x)
+    periodic[crystal.site_of] = x[crystal.site_of].mean(axis=0)[None]
+    total = np.zeros_like(x)
+    for rotation, image in zip(crystal.operations, crystal.operation_sites, strict=True):
+        total[image] += periodic @ rotation.T
+    total /= len(crystal.operations)
+    return total - total.mean(axis=0)
+
+
+def _stabilised(crystal: Crystal, blocks: np.ndarray) -> np.ndarray:
+    """The same matrix with negative and vanishing eigenvalues lifted, to start an iteration from."""
+    if instability(crystal, blocks) is None:
+        return blocks
+    values, vectors = _decompose(crystal, _spectrum(crystal, blocks))
+    finite = np.isfinite(values)
+    scale = np.abs(values[finite]).mean()
+    lifted = np.where(finite, np.maximum(np.abs(np.where(finite, values, 0.0)), 0.05 * scale), 0.0)
+    return _blocks(crystal, np.einsum("qik,qk,qjk->qij", vectors, lifted, np.conj(vectors), optimize=True))

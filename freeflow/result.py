@@ -1,0 +1,486 @@
+"""The answer with error bar, diagnostics and verdict; units on the way out.
+
+Importing this module does not start JAX.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from freeflow.errors import FreeflowError
+
+if TYPE_CHECKING:
+    from freeflow.types import Plan, System, Work
+
+JSON_VERSION = 1
+
+Status = Literal["converged", "target_not_reached", "unreliable", "interrupted"]
+EXIT_STATUS: dict[Status, int] = {"converged": 0, "target_not_reached": 3, "unreliable": 3, "interrupted": 130}
+
+
+class Scale(NamedTuple):
+    """Where a diagnostic is good, and where it is still fair; poor lies beyond."""
+
+    good: float
+    fair: float
+
+    def word(self, value: float) -> str:
+        """Good, fair or poor."""
+        sign = 1 if self.good < self.fair else -1
+        if sign * value <= sign * self.good:
+            return "good"
+        return "fair" if sign * value <= sign * self.fair else "poor"
+
+
+# A rough reading of single numbers; `estimators.reliability` weighs them together and decides the status. The
+# limits of "fair" are the most lenient that it has, so that "poor" does not stand beside "converged".
+ESS_FRACTION = Scale(good=0.1, fair=0.01)
+PARETO_K = Scale(good=0.5, fair=0.9)
+OVERLAP = Scale(good=0.1, fair=0.03)
+LARGEST_WEIGHT_SHARE = Scale(good=0.05, fair=0.2)
+Z_SCORE = Scale(good=2.0, fair=4.0)
+BOOTSTRAP_RATIO = Scale(good=1.25, fair=1.5)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """A free energy, how it came about and how far to trust it.
+
+    Energies are in kT and belong to the whole crystal unless their name says per atom. NaN stands
+    for what could not be estimated or does not apply.
+    """
+
+    system: System
+    plan: Plan  # the one that was carried out
+    estimator: str
+    delta_f: float  # of the work part
+    delta_f_std_error: float
+    components: Mapping[str, float]  # contributions to beta F, in the order to print; "work" carries the error
+    beta_f: float
+    beta_f_std_error: float
+    work: Work
+    n_samples: int
+    energy_evaluations: Mapping[str, int]  # reference, tuning, sampling, checks
+    wall_seconds: Mapping[str, float]  # total, compile, reference, sampling
+    status: Status
+    ess_fraction: float
+    pareto_k: float = math.nan
+    overlap: float | None = None  # of forward and reverse work; needs both
+    largest_weight_share: float = math.nan
+    drift_z: float = math.nan  # first against second half, in standard errors
+    hysteresis_z: float | None = None  # forward against reverse, in standard errors; needs both
+    bootstrap_std_error: float = math.nan  # of beta_f
+    warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    quantity: str = "helmholtz_free_energy"
+
+    def __post_init__(self) -> None:
+        terms = list(self.components.values())
+        size = sum(abs(term) for term in terms)
+        if not math.isnan(self.beta_f) and not abs(math.fsum(terms) - self.beta_f) <= 1e-9 * max(1.0, size):
+            raise ValueError(f"the components add up to {math.fsum(terms)}, not to beta F = {self.beta_f}")
+
+    @property
+    def n_atoms(self) -> int:
+        return self.system.n_atoms
+
+    @property
+    def beta_f_per_atom(self) -> float:
+        return self.beta_f / self.n_atoms
+
+    @property
+    def beta_f_per_atom_std_error(self) -> float:
+        return self.beta_f_std_error / self.n_atoms
+
+    @property
+    def exit_status(self) -> int:
+        """What the command line returns for this result."""
+        return EXIT_STATUS[self.status]
+
+    @property
+    def z_score(self) -> float:
+        """Difference from the published value in combined standard errors; NaN if there is none."""
+        published = self.system.published
+        if published is None:
+            return math.nan
+        combined = math.hypot(self.beta_f_per_atom_std_error, published.std_error or 0.0)
+        return (self.beta_f_per_atom - published.beta_f_per_atom) / combined if combined > 0 else math.nan
+
+    @property
+    def summary(self) -> str:
+        """One line: the value per atom in kT, its error in parentheses, and the verdict."""
+        value = format_with_error(self.beta_f_per_atom, self.beta_f_per_atom_std_error)
+        return f"{value} {self.status.replace('_', ' ')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by the names of the JSON contract, version 1; None where nothing applies."""
+        units, kt, published = self.system.units, self.system.kt, self.system.published
+        forward, reverse = (int(part.shape[0]) for part in self.work)
+        values = {
+            "version": JSON_VERSION,
+            "system": self.system.name,
+            "n_atoms": self.n_atoms,
+            "quantity": self.quantity,
+            "beta_f": self.beta_f,
+            "beta_f_std_error": self.beta_f_std_error,
+            "beta_f_per_atom": self.beta_f_per_atom,
+            "beta_f_per_atom_std_error": self.beta_f_per_atom_std_error,
+            "free_energy": {"value": self.beta_f * kt, "std_error": self.beta_f_std_error * kt, "unit": units.energy},
+            "components": self.components,
+            "work": {"delta_f": self.delta_f, "std_error": self.delta_f_std_error},
+            "estimator": self.estimator,
+            "n_samples": self.n_samples,
+            "n_forward": forward,
+            "n_reverse": reverse,
+            "target_error": self.plan.target_error,
+            "ess_fraction": self.ess_fraction,
+            "pareto_k": self.pareto_k,
+            "overlap": self.overlap,
+            "diagnostics": {
+                "largest_weight_share": self.largest_weight_share,
+                "drift_z": self.drift_z,
+                "hysteresis_z": self.hysteresis_z,
+                "bootstrap_std_error": self.bootstrap_std_error,
+            },
+            "energy_evaluations": sum(self.energy_evaluations.values()),
+            "energy_evaluations_by_phase": self.energy_evaluations,
+            "wall_seconds": {key: self.wall_seconds.get(key) for key in ("total", "compile", "reference", "sampling")},
+            "status": self.status,
+            "warnings": self.warnings,
+            "published": published
+            and {
+                "beta_f_per_atom": published.beta_f_per_atom,
+                "std_error": published.std_error,
+                "z_score": self.z_score,
+                "source": published.source,
+            },
+            "temperature": {"value": self.system.temperature, "unit": units.temperature},
+            "boltzmann": {"value": units.boltzmann, "unit": _boltzmann_unit(self.system)},
+            "thermal_wavelength": {"value": self.system.thermal_wavelength, "unit": units.length},
+            "provenance": dict.fromkeys(("freeflow", "jax", "device", "seed", "config"))
+            | {"seed": self.plan.seed, "config": self.system.config}
+            | dict(self.provenance),
+        }
+        return _plain(values)
+
+    def json_text(self) -> str:
+        """The JSON document, ending in a line feed."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON document; the file is there whole or not at all.
+
+        Raises:
+            FreeflowError: If it cannot be written.
+        """
+        write_atomically(path, self.json_text())
+
+    def __str__(self) -> str:
+        sheet = io.StringIO()
+        self.render(Console(file=sheet, width=100, color_system=None, force_terminal=False))
+        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
+
+    def render(self, console: Console) -> None:
+        """Print the table with error bars and verdict."""
+        heads = [("bold", self.system.name), ("", _what(self.system))]
+        for style, line in heads:
+            console.print(Text(line, style=style))
+        for title, rows in self._sections():
+            console.print()
+            console.print(Text(title, style="bold"))
+            table = Table.grid(padding=(0, 3, 0, 0))
+            for _ in range(3):
+                table.add_column(overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in (f"  {row[0]}", *row[1:])))
+            console.print(table)
+        if self.warnings:
+            console.print()
+            console.print(Text("Warnings", style="bold"))
+            for warning in self.warnings:
+                console.print(Text(f"  {warning}", style="yellow"))
+        console.print()
+        console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one plain sentence."""
+        error, target = f"{self.beta_f_per_atom_std_error:.1e}", f"{self.plan.target_error:.1e}"
+        if self.status == "converged":
+            return f"Converged: one standard error is {error} kT per atom; the target was {target}."
+        if self.status == "target_not_reached":
+            return (
+                f"Target not reached: one standard error is {error} kT per atom; the target was {target}. "
+                "More samples would help."
+            )
+        if self.status == "interrupted":
+            done = _count(self.n_samples)
+            return f"Interrupted after {done} samples; the target of {target} kT per atom was not reached."
+        reason = self.warnings[0] if self.warnings else "the diagnostics are poor"
+        return f"Not reliable: {reason}"
+
+    # ----------------------------------------------------------------------- the table, as text
+
+    def _sections(self) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+        kt, energy = self.system.kt, self.system.units.energy
+        yield (
+            "Helmholtz free energy",
+            [
+                ("beta F / N", format_with_error(self.beta_f_per_atom, self.beta_f_per_atom_std_error), "kT per atom"),
+                ("beta F", format_with_error(self.beta_f, self.beta_f_std_error), "kT"),
+                ("F", format_with_error(self.beta_f * kt, self.beta_f_std_error * kt), energy),
+                (
+                    "F / N",
+                    format_with_error(self.beta_f_per_atom * kt, self.beta_f_per_atom_std_error * kt),
+                    f"{energy} per atom",
+                ),
+            ],
+        )
+        yield "Contributions to beta F, in kT: of the crystal, and per atom", self._contributions()
+        yield "Convention", self._convention()
+        yield f"Diagnostics ({self.estimator.upper()})", self._diagnostics()
+        if self.system.published is not None:
+            yield "Published", self._comparison()
+        yield "Cost", self._cost()
+
+    def _contributions(self) -> list[tuple[str, str, str]]:
+        whole, each = self.beta_f_std_error, self.beta_f_per_atom_std_error
+        terms = {**self.components, "sum": self.beta_f}
+        with_error = {"work", "sum"}
+        totals = _column(terms, whole, with_error)
+        per_atom = _column({name: value / self.n_atoms for name, value in terms.items()}, each, with_error)
+        return list(zip(terms, totals, per_atom, strict=True))
+
+    def _convention(self) -> list[tuple[str, str, str]]:
+        units = self.system.units
+        return [
+            ("labels", "atoms belong to their sites; permutations not counted", ""),
+            ("centre of mass", "free in the box", ""),
+            ("Lambda", f"{self.system.thermal_wavelength:.10g} {units.length}", ""),
+            ("k_B", f"{units.boltzmann:.10g} {_boltzmann_unit(self.system)}", ""),
+            ("kT", f"{self.system.kt:.10g} {units.energy}", ""),
+        ]
+
+    def _diagnostics(self) -> list[tuple[str, str, str]]:
+        share, halves, directions = self.largest_weight_share, self.drift_z, self.hysteresis_z
+        rows = [
+            ("effective sample size", self.ess_fraction, ESS_FRACTION, f"{100 * self.ess_fraction:.3g} %"),
+            ("Pareto k", self.pareto_k, PARETO_K, f"{self.pareto_k:.2f}"),
+            ("largest weight", share, LARGEST_WEIGHT_SHARE, f"{100 * share:.2g} %"),
+            ("first against second half", abs(halves), Z_SCORE, f"{halves:+.1f} standard errors"),
+        ]
+        if self.overlap is not None:
+            rows.append(("overlap", self.overlap, OVERLAP, f"{self.overlap:.3f}"))
+        if directions is not None:
+            rows.append(("forward against reverse", abs(directions), Z_SCORE, f"{directions:+.1f} standard errors"))
+        table = [(name, text, scale.word(value)) for name, value, scale, text in rows if not math.isnan(value)]
+        bootstrap, analytic = self.bootstrap_std_error, self.beta_f_std_error
+        if math.isfinite(bootstrap) and bootstrap > 0 and analytic > 0:
+            ratio = bootstrap / analytic
+            text = f"{bootstrap / self.n_atoms:.2g} kT per atom"
+            table.append(("bootstrap error", text, BOOTSTRAP_RATIO.word(max(ratio, 1 / ratio))))
+        return table
+
+    def _comparison(self) -> list[tuple[str, str, str]]:
+        published = self.system.published
+        assert published is not None
+        value, error = published.beta_f_per_atom, published.std_error
+        combined = math.hypot(self.beta_f_per_atom_std_error, error or 0.0)
+        difference = self.beta_f_per_atom - value
+        z = self.z_score
+        text = f"{value:.10g}" if error is None else format_with_error(value, error)
+        rows = [("beta F / N", text, published.source)]
+        apart = "" if math.isnan(z) else f"{z:+.1f} combined standard errors"
+        rows.append(("difference", format_with_error(difference, combined), apart))
+        return rows
+
+    def _cost(self) -> list[tuple[str, str, str]]:
+        evaluations = ", ".join(f"{name} {_count(n)}" for name, n in self.energy_evaluations.items() if n)
+        parts = {name: seconds for name, seconds in self.wall_seconds.items() if name != "total"}
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if not math.isnan(value))
+        forward, reverse = (int(part.shape[0]) for part in self.work)
+        return [
+            ("energy evaluations", _count(sum(self.energy_evaluations.values())), evaluations),
+            ("samples", _count(self.n_samples), f"{_count(forward)} forward, {_count(reverse)} reverse"),
+            ("wall time", f"{self.wall_seconds.get('total', math.nan):.1f} s", seconds),
+        ]
+
+
+_STYLES = {"good": "green", "fair": "yellow", "poor": "bold red"}
+
+
+def format_with_error(value: float, error: float) -> str:
+    """A value with its standard error in parentheses, in units of the last digit: -25.16311(9).
+
+    One digit of the error is kept, two where it starts with 1 or 2. Errors above 1 keep their
+    decimal point, as in 33.6(1.2). An error that is not known is written (?).
+    """
+    value, error = float(value), float(error)
+    if error < 0:
+        raise ValueError(f"a standard error cannot be negative, got {error}")
+    if not math.isfinite(value):
+        return str(value)
+    if not math.isfinite(error) or error == 0:
+        return f"{value:.10g}({'?' if math.isnan(error) else f'{error:g}'})"
+    if error >= 1e6 or error < 1e-15:
+        return f"{value:.6g} +- {error:.1g}"
+    decimals = _decimals(error)
+    digits = Decimal(repr(error)).quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP)
+    number = _fixed(value, decimals)
+    if error < 1 and digits < 1:
+        return f"{number}({int(digits.scaleb(decimals))})"
+    return f"{number}({digits})"
+
+
+def provenance(system: System, plan: Plan) -> dict[str, Any]:
+    """What it takes to repeat a run: versions, device, seed, and the input with every default."""
+    import jax
+    import numpy as np
+
+    device = jax.devices()[0]
+    kind = getattr(device, "device_kind", device.platform)
+    same = kind == device.platform
+    estimate = {name: value for name, value in vars(plan).items() if name != "bridge"}
+    estimate["bridge"] = None if plan.bridge is None else {"stages": plan.bridge}
+    return {
+        "freeflow": _version("freeflow"),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.platform if same else f"{device.platform} ({kind})",
+        "seed": plan.seed,
+        "config": {**system.config, "estimate": {**dict(system.config.get("estimate", {})), **estimate}},
+    }
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all: into a neighbour first, then renamed.
+
+    Raises:
+        FreeflowError: If it cannot be written; nothing is left behind.
+    """
+    target = _real(path)
+    try:
+        if target.exists() and not target.is_file():  # a pipe or a device cannot be replaced
+            target.write_text(text, encoding="utf-8")
+            return
+        neighbour = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with neighbour.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            neighbour.replace(target)
+        finally:
+            neighbour.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FreeflowError(f"{path}: cannot be written: {reason}") from None
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work, not after it, whether `write_atomically` can write there.
+
+    Raises:
+        FreeflowError: If it cannot.
+    """
+    target = _real(path)
+    if target.is_dir():
+        raise FreeflowError(f"{path}: cannot be written: it is a directory")
+    if target.exists() and not target.is_file():
+        return
+    probe = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        probe.open("x").close()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FreeflowError(f"{path}: cannot be written: {reason}") from None
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """The file that a path leads to; a link is written through, not replaced."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise FreeflowError(f"{path!r}: cannot be written: {error}") from None
+
+
+def _decimals(error: float) -> int:
+    """How many decimal places an error bar leaves meaningful; never fewer than none."""
+    exact = Decimal(repr(error))
+    exponent = exact.adjusted()
+    two = exact.quantize(Decimal(1).scaleb(exponent - 1), ROUND_HALF_UP).scaleb(1 - exponent)
+    return max(0, 1 - exponent if two < 30 else -exponent)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    return text.lstrip("-") if not text.strip("-0.") else text
+
+
+def _column(values: Mapping[str, float], error: float, with_error: set[str]) -> list[str]:
+    """Numbers with as many decimals as the error allows, aligned at the point."""
+    decimals = _decimals(error) if 1e-15 < error < 1e6 else 5
+    texts = {name: _fixed(value, decimals) for name, value in values.items()}
+    width = max(map(len, texts.values()))
+    pads = {name: " " * (width - len(text)) for name, text in texts.items()}
+    if 1e-15 < error < 1e6:
+        ends = {name: format_with_error(values[name], error)[len(text) :] for name, text in texts.items()}
+    else:
+        ends = dict.fromkeys(texts, "(?)" if math.isnan(error) else f" +- {error:.1g}" if error else "")
+    return [pads[name] + text + (ends[name] if name in with_error else "") for name, text in texts.items()]
+
+
+def _what(system: System) -> str:
+    crystal = system.crystal.description or "crystal"
+    potential = getattr(system.potential, "name", "")
+    at = f"{system.temperature:g} {system.units.temperature}"
+    return ", ".join(part for part in (crystal, f"{system.n_atoms} atoms", potential, at) if part)
+
+
+def _boltzmann_unit(system: System) -> str:
+    units = system.units
+    return "in reduced units" if units.name == "lj" else f"{units.energy}/{units.temperature}"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}".replace(",", " ")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: plain Python, and None for numbers that it has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # NumPy and JAX
+        return _plain(value.tolist())
+    return str(value)

@@ -1,0 +1,218 @@
+"""Words shared by everyone: records that pass through jit and vmap, and recipes made of functions.
+
+Records are NamedTuples of arrays. Recipes are frozen dataclasses of pure functions of one
+configuration; they are closed over and never traced. Batching happens once, at the edge.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from freeflow.errors import UnavailableError
+from freeflow.units import UnitStyle
+
+Configuration = Any  # any pytree of arrays; displacements (n_atoms, 3) for crystals
+Params = Any
+Scalar = Float[Array, ""]
+Key = Array
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def double_precision() -> AbstractContextManager[Any]:
+    """Context in which JAX computes in float64: the one place where freeflow switches x64 on.
+
+    It is local to the thread and leaves the process-wide flag alone. Kernels that run in float32
+    ask for float32 explicitly inside it.
+    """
+    return jax.enable_x64(True)
+
+
+def in_double_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: run `function` inside `double_precision`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with double_precision():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+# --------------------------------------------------------------------------- records
+
+
+class ThermodynamicState(NamedTuple):
+    """Where in the phase diagram; may be traced."""
+
+    beta: Scalar  # [1/energy]
+    pressure: Scalar  # [energy/volume]
+
+
+class Work(NamedTuple):
+    """Generalised work u_B(y) - u_A(x) - log_ratio [kT]; see DESIGN, section 1.
+
+    `reverse` is minus nothing: it is the work of the reverse process, B to A, with its own sign,
+    so that for a perfect transport forward = delta_f and reverse = -delta_f.
+    """
+
+    forward: Float[Array, " n_forward"]  # samples of A carried to B
+    reverse: Float[Array, " n_reverse"]  # samples of B carried to A; may be empty
+
+
+class Estimate(NamedTuple):
+    """F_B - F_A in kT. `std_error` is NaN where it is not estimable, never 0."""
+
+    delta_f: Scalar
+    std_error: Scalar
+    ess_fraction: Scalar
+
+
+class Move(NamedTuple):
+    """What a transport returns: where the configuration went, and its log ratio."""
+
+    configuration: Configuration
+    log_ratio: Scalar
+
+
+# --------------------------------------------------------------------------- recipes
+
+
+def unavailable(*_: Any, **__: Any) -> Any:
+    """Stand-in for a function that an ensemble or a transport does not have."""
+    raise UnavailableError("this ensemble or transport has no such function: nothing was given to sample or normalise")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A distribution exp(-u)/Z: reference, target or stored samples."""
+
+    reduced_potential: Callable[[Configuration, ThermodynamicState], Scalar]
+    sample: Callable[[Key, ThermodynamicState], Configuration] = unavailable
+    log_partition: Callable[[ThermodynamicState], Scalar] = unavailable
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Carries samples of A to B: `forward(params, key, x, state) -> Move`; `reverse` goes back.
+
+    A flow ignores the key and returns its log det; a bridge uses it and returns its heat; a
+    composition adds the log ratios.
+    """
+
+    init: Callable[[Key, Configuration, ThermodynamicState], Params]
+    forward: Callable[[Params, Key, Configuration, ThermodynamicState], Move]
+    reverse: Callable[[Params, Key, Configuration, ThermodynamicState], Move]
+
+
+@dataclass(frozen=True)
+class Bijector:
+    """An invertible map: `forward(params, x, state) -> (y, log_det)`, `inverse` undoes it."""
+
+    init: Callable[[Key, Configuration, ThermodynamicState], Params]
+    forward: Callable[[Params, Configuration, ThermodynamicState], tuple[Configuration, Scalar]]
+    inverse: Callable[[Params, Configuration, ThermodynamicState], tuple[Configuration, Scalar]]
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A random element of a group that leaves the target invariant: `act(key, x) -> x`."""
+
+    name: str
+    act: Callable[[Key, Configuration], Configuration]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to estimate: the `estimate:` section of system.yaml with every default filled in."""
+
+    reference: str = "self_consistent"  # einstein | harmonic | self_consistent
+    bridge: int | str | None = "auto"  # number of stages, "auto", or None for no bridge
+    estimator: str = "fep"  # fep | bar
+    target_error: float = 1e-4  # one standard error [kT per atom]
+    max_samples: int = 100_000
+    seed: int = 0
+    precision: str = "float32"  # of the energy kernels; estimators are always float64
+
+
+@dataclass(frozen=True)
+class Published:
+    """A value from the literature to compare with."""
+
+    beta_f_per_atom: float
+    std_error: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Crystal:
+    """A perfect crystal: sites on a repeated lattice, and its translations as a finite group.
+
+    The translations that map the periodic crystal onto itself form a product of up to three
+    cyclic groups of orders `group`. Site `site_of[t, b]` is basis atom b moved by translation t,
+    t in C order over `group`. Without repeats, `group` is (1, 1, 1) and every atom is basis.
+    """
+
+    cell: np.ndarray  # (3, 3), rows are the lattice vectors of the periodic box [length]
+    sites: np.ndarray  # (n_atoms, 3) [length]
+    species: tuple[str, ...]  # chemical symbol per atom; "X" where there is none
+    group: tuple[int, int, int]
+    site_of: np.ndarray  # (n_translations, n_basis) int
+    operations: np.ndarray  # (n_ops, 3, 3) proper and improper rotations of the point group
+    operation_sites: np.ndarray  # (n_ops, n_atoms) int: operation o maps site i onto this site
+    description: str = ""
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.sites)
+
+    @property
+    def volume(self) -> float:
+        return float(abs(np.linalg.det(self.cell)))
+
+
+@dataclass(frozen=True)
+class System:
+    """What is to be estimated: beta F = -ln Z of `target` plus the constants outside the integral.
+
+    `constants` names each contribution to beta F [kT] that stands outside the integral over
+    configurations (lattice energy, centre of mass, thermal wavelength); their sum is
+    -`log_prefactor`.
+    """
+
+    name: str
+    target: Ensemble
+    state: ThermodynamicState
+    constants: Mapping[str, float]
+    units: UnitStyle
+    temperature: float  # in the unit style's own unit (K, or epsilon/k_B)
+    crystal: Crystal
+    potential: Any  # freeflow.potentials.Potential
+    thermal_wavelength: float  # [length]
+    nearest_image_only: bool = False
+    symmetries: tuple[Symmetry, ...] = ()
+    plan: Plan = field(default_factory=Plan)
+    published: Published | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)  # everything resolved, for provenance
+
+    @property
+    def n_atoms(self) -> int:
+        return self.crystal.n_atoms
+
+    @property
+    def kt(self) -> float:
+        """Thermal energy in the unit style's energy unit."""
+        return self.units.boltzmann * self.temperature
+
+    @property
+    def log_prefactor(self) -> float:
+        return -sum(self.constants.values())

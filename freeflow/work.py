@@ -1,0 +1,248 @@
+"""Forward and reverse generalised work; batches of samples on all cores."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from freeflow import bridge as bridges
+from freeflow.bridge import Bridge, BridgeParams, Pilot, Segment, Walker
+from freeflow.references import Gaussian, GaussianCrystal
+from freeflow.types import Ensemble, Key, ThermodynamicState, Transport, double_precision
+
+OnSegment = Callable[[int], None]  # told the energy evaluations of every piece of the way
+
+
+def forward_work(a: Ensemble, b: Ensemble, transport: Transport) -> Callable[..., Array]:
+    """Work of carrying one sample of A to B, `(params, key, state) -> w` [kT].
+
+    Reference: Jarzynski, PRE 65, 046122 (2002), for maps; PRE 56, 5018 (1997), for bridges.
+    """
+
+    def one(params: Any, key: Key, state: ThermodynamicState) -> Array:
+        key_x, key_y = jax.random.split(key)
+        x = a.sample(key_x, state)
+        y, log_ratio = transport.forward(params, key_y, x, state)
+        return b.reduced_potential(y, state) - a.reduced_potential(x, state) - log_ratio
+
+    return one
+
+
+def reverse_work(a: Ensemble, b: Ensemble, transport: Transport) -> Callable[..., Array]:
+    """Work of carrying one given sample of B to A, `(params, key, y, state) -> w` [kT]."""
+
+    def one(params: Any, key: Key, y: Any, state: ThermodynamicState) -> Array:
+        x, log_ratio = transport.reverse(params, key, y, state)
+        return a.reduced_potential(x, state) - b.reduced_potential(y, state) - log_ratio
+
+    return one
+
+
+# ------------------------------------------------------------------- crossing bridges in batches
+
+
+class Crossing(NamedTuple):
+    """A batch of samples that went over the bridge, and perhaps back."""
+
+    forward: np.ndarray  # (batch,) [kT]
+    reverse: np.ndarray  # (batch,) [kT], or (0,)
+    parents: np.ndarray  # (batch,) which forward sample each reverse one came from, or (0,)
+    correction: np.ndarray  # (batch,) last switch: exact target minus the bridge's cheap kernel [kT]
+    acceptance: float  # mean over samples and stages
+
+
+def n_workers() -> int:
+    """Batches in flight: one per CPU core, or one per process where a GPU does the work."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+class BridgeSampler:
+    """Carries batches of samples over a bridge, on all cores, and can be stopped between segments.
+
+    Sample i of batch b depends on (seed, b, i) only: the number of cores changes nothing. What is
+    compiled serves every fit and every schedule, and is compiled in the background on demand:
+    "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the switch
+    from the bridge's kernel to the exact target.
+    """
+
+    def __init__(
+        self,
+        recipe: GaussianCrystal,
+        bridge: Bridge,
+        target: Ensemble,
+        state: ThermodynamicState,
+        batch: int,
+        seed: int,
+    ):
+        self.recipe, self.bridge, self.target = recipe, bridge, target
+        self.state, self.batch, self.seed = state, batch, seed
+        self.workers = n_workers()
+        self.energy_evaluations = 0
+        self.compile_seconds = 0.0
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="freeflow")
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="freeflow-compile")
+        self._compiled: dict[str, Future[Any]] = {}
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._launch = jax.jit(jax.vmap(bridge.launch))
+
+    def compile(self, name: str, like: Gaussian) -> Future[Any]:
+        """Begin to compile a piece for parameters shaped like `like`, unless that has begun already."""
+        with self._lock:
+            if name not in self._compiled:
+                self._compiled[name] = self._compilers.submit(_in_this_thread, self._lower, name, like)
+            return self._compiled[name]
+
+    def _lower(self, name: str, like: Gaussian) -> Any:
+        begin = time.perf_counter()
+        keys = self._keys(0)
+        walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)
+        if name == "exact":
+            piece = jax.jit(jax.vmap(self._exact, (None, 0))).lower(like, walker)
+        else:
+            move = self.bridge.forward_segment if name == "forward" else self.bridge.reverse_segment
+            over_batch = jax.jit(jax.vmap(move, (None, 0, 0, None, None)), donate_argnums=2)
+            piece = over_batch.lower(like, keys, walker, bridges.fetch_segment(True), self.state)
+        compiled = piece.compile()
+        with self._lock:
+            self.compile_seconds += time.perf_counter() - begin
+        return compiled
+
+    def _exact(self, gaussian: Gaussian, walker: Walker) -> Array:
+        y = self.recipe.colour(gaussian, walker.z.astype("float64"))
+        return self.target.reduced_potential(y, self.state) - walker.u_b
+
+    def stop(self) -> None:
+        """Ask batches in flight to end after their current segment."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Stop, and let go of the threads."""
+        self.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+
+    def _keys(self, index: int) -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(self.seed), index), self.batch)
+
+    def _move(self, name: str, gaussian: Gaussian, keys: Array, walker: Walker, segment: Segment) -> Walker:
+        moved = self.compile(name, gaussian).result()(gaussian, keys, walker, segment, self.state)
+        moved = jax.block_until_ready(moved)
+        self._count(int(segment.count))
+        return moved
+
+    def _correct(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
+        correction = np.asarray(self.compile("exact", gaussian).result()(gaussian, walker))
+        self._count(1)
+        return correction
+
+    def _count(self, stages: int) -> None:
+        with self._lock:
+            self.energy_evaluations += self.batch * stages
+
+    def _walk(
+        self, name: str, params: BridgeParams, keys: Array, walker: Walker, on_segment: OnSegment
+    ) -> Walker | None:
+        """Over all segments; None if asked to stop on the way."""
+        segments = bridges.segments_of(params.schedule, name == "forward")
+        for j in range(len(segments.count)):
+            if self._stop.is_set():
+                return None
+            segment = Segment(*(np.asarray(part[j]) for part in segments))
+            walker = self._move(name, params.gaussian, keys, walker, segment)
+            on_segment(self.batch * int(segment.count))
+        return walker
+
+    def _cross(self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment) -> Crossing | None:
+        gaussian, keys = params.gaussian, self._keys(index)
+        walker = self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(True))
+        walker = self._walk("forward", params, keys, walker, on_segment)
+        if walker is None:
+            return None
+        stages = int(params.schedule.counts.sum())
+        acceptance = (float(np.mean(walker.accepted)) - 1) / max(stages, 1)
+        correction = self._correct(gaussian, walker)
+        forward = np.asarray(walker.work) + correction
+        nothing = np.empty(0)
+        if not settle:
+            return Crossing(forward, nothing, nothing.astype(int), correction, acceptance)
+        # Arrivals, resampled by their weights and left to settle, stand for samples of the target.
+        rng = np.random.default_rng([self.seed, index])
+        parents = systematic_resample(-forward, rng)
+        walker = jax.tree.map(lambda leaf: leaf[parents], walker)
+        end = Segment(np.float64(1), np.float64(1), np.asarray(params.schedule.step_sizes[-1]), np.int32(settle))
+        walker = self._move("forward", gaussian, keys, walker, end)
+        on_segment(self.batch * settle)
+        departure = self._correct(gaussian, walker)
+        walker = self._walk("reverse", params, keys, walker._replace(work=jax.numpy.zeros(self.batch)), on_segment)
+        if walker is None:
+            return None
+        return Crossing(forward, np.asarray(walker.work) - departure, parents, correction, acceptance)
+
+    def cross(
+        self, params: BridgeParams, indices: Iterable[int], on_segment: OnSegment = lambda _: None, settle: int = 0
+    ) -> list[Future[Crossing | None]]:
+        """Begin to carry batches over the bridge; each ends as a `Crossing`, or None if stopped.
+
+        Args:
+            params: The fitted reference and the schedule.
+            indices: Numbers of the batches; they choose the random numbers.
+            on_segment: Told the energy evaluations of every piece of the way, from other threads.
+            settle: If positive, stages that arrivals spend at the target before they go back.
+        """
+        return [
+            self._threads.submit(_in_this_thread, self._cross, params, index, settle, on_segment) for index in indices
+        ]
+
+    def pilot(
+        self, gaussian: Gaussian, on_segment: Callable[[float], None] = lambda _: None, n_batches: int = 2
+    ) -> Pilot:
+        """Trial crossing that picks its own pace (`freeflow.bridge.Pace`); calls back with lambda."""
+        # Far from the batches of the run, so that no random number serves twice.
+        keys = [self._keys(2**31 - 1 - k) for k in range(n_batches)]
+        walkers = [self._launch(key) for key in keys]
+
+        def everyone(segment: Segment) -> None:
+            jobs = [
+                self._threads.submit(_in_this_thread, self._move, "forward", gaussian, key, walker, segment)
+                for key, walker in zip(keys, walkers, strict=True)
+            ]
+            walkers[:] = [job.result() for job in jobs]
+
+        def read(name: str) -> np.ndarray:
+            return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in walkers])
+
+        everyone(bridges.fetch_segment(True))
+        pace = bridges.Pace()
+        while not pace.arrived and not self._stop.is_set():
+            segment = pace.next(read("u_b") - 0.5 * (read("z") ** 2).sum(axis=(1, 2)))
+            everyone(segment)
+            pace.learn(read("work"), read("accepted"))
+            on_segment(pace.lam)
+        return pace.pilot()
+
+
+def systematic_resample(log_weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices drawn with probabilities proportional to the weights, evenly (Kitagawa 1996)."""
+    finite = np.where(np.isfinite(log_weights), log_weights, -np.inf)
+    if not np.isfinite(finite).any():
+        return np.arange(len(log_weights))
+    weights = np.exp(finite - finite.max())
+    edges = np.cumsum(weights) / weights.sum()
+    return np.minimum(np.searchsorted(edges, (np.arange(len(edges)) + rng.random()) / len(edges)), len(edges) - 1)
+
+
+def _in_this_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Double precision is switched on per thread."""
+    with double_precision():
+        return function(*arguments)
