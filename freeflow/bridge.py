@@ -25,8 +25,9 @@ from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import Configuration, Ensemble, Key, Move, Scalar, ThermodynamicState, Transport
 
 # Share of the velocity that survives a refreshment; see docs/bridge.md for the measurement.
-_PERSISTENCE = math.sqrt(0.5)
-ACCEPTANCE = 0.8  # aimed at by the step size
+_PERSISTENCE = math.sqrt(0.7)
+_LARGEST_STEP = 1.4  # a quarter turn forgets the position altogether, and more turns it back
+ACCEPTANCE = 0.85  # aimed at by the step size
 
 
 class Schedule(NamedTuple):
@@ -99,12 +100,14 @@ def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") ->
         key_noise, key_accept = jax.random.split(jax.random.fold_in(key, walker.stage))
         noise = recipe.noise(key_noise, dtype)
         velocity = _PERSISTENCE * walker.velocity + math.sqrt(1 - _PERSISTENCE**2) * noise
-        low, high = (1 - lam).astype(dtype), lam.astype(dtype)
-        h = h.astype(dtype)
-        kicked = velocity - 0.5 * h * (low * walker.z + high * walker.gradient)
-        z = walker.z + h * kicked
+        # Kick, turn, kick: the Gaussian part of u_lambda, |z|^2 / 2 at every lambda, is integrated
+        # exactly by a rotation, and only the remainder lambda (u_B - |z|^2 / 2) kicks.
+        push = (0.5 * h * lam).astype(dtype)
+        cosine, sine = jnp.cos(h).astype(dtype), jnp.sin(h).astype(dtype)
+        kicked = velocity - push * (walker.gradient - walker.z)
+        z = cosine * walker.z + sine * kicked
         u_b, gradient = potential(gaussian, z, state)
-        moved = kicked - 0.5 * h * (low * z + high * gradient)
+        moved = cosine * kicked - sine * walker.z - push * (gradient - z)
 
         def hamiltonian(u_b, z, v):
             # lam * u_b with lam = 0 must not turn an infinite energy into NaN.
@@ -209,6 +212,7 @@ class Pilot(NamedTuple):
     step_sizes: np.ndarray  # (n_segments,)
     acceptance: np.ndarray  # (n_segments,)
     work: np.ndarray  # (n_segments, n_samples), work done in each segment [kT]
+    lost: float  # share of the samples in which an atom left its site
 
 
 class Pace:
@@ -241,19 +245,18 @@ class Pace:
 
     def learn(self, work: np.ndarray, accepted: np.ndarray) -> None:
         """Book a segment from every sample's total work and accepted steps so far."""
-        share = float(np.mean(accepted - self._accepted)) / self._stages if self._rows else float(
-            np.mean(accepted - 1) / self._stages
-        )
+        if not self._rows:
+            self._accepted = np.ones_like(accepted)  # the step that fetched the energy
+        share = float(np.mean(accepted - self._accepted)) / self._stages
         self._lambdas.append(self.lam)
         self._rows.append((self._step_size, share, work - self._work))
         self._work, self._accepted = work, accepted
-        self._step_size *= math.exp(0.8 * (share - ACCEPTANCE))
+        self._step_size = min(self._step_size * math.exp(0.8 * (share - ACCEPTANCE)), _LARGEST_STEP)
 
-    def pilot(self) -> Pilot:
-        steps, shares, works = zip(*self._rows, strict=True)
-        return Pilot(
-            np.array(self._lambdas), np.full(len(works), self._stages), np.array(steps), np.array(shares), np.array(works)
-        )
+    def pilot(self, lost: float) -> Pilot:
+        """All that was booked; `lost` is the share of samples that did not arrive as crystals."""
+        steps, shares, works = (np.array(column) for column in zip(*self._rows, strict=True))
+        return Pilot(np.array(self._lambdas), np.full(len(works), self._stages), steps, shares, works, lost)
 
 
 def friction(pilot: Pilot) -> np.ndarray:

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from freeflow.errors import InputError
-from freeflow.geometry import LATTICES, Translations, face_distances, nearest_image_table, neighbour_table, smith_form
+from freeflow.geometry import (
+    LATTICES,
+    NeighbourTable,
+    Translations,
+    face_distances,
+    nearest_image_table,
+    neighbour_table,
+    smith_form,
+)
 from freeflow.potentials import Potential, bind, lattice_energy
 from freeflow.symmetries import crystal_operations, primitive_cell
 from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState
@@ -186,6 +196,9 @@ def crystal_system(
         )
     else:
         table = neighbour_table(crystal, 1.0001 * potential.cutoff)
+    spacing = nearest_distance(table)
+    # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
+    wide = table if nearest_image_only else neighbour_table(crystal, potential.cutoff + spacing)
     beta = 1.0 / (units.boltzmann * temperature)
     energy_of_lattice = lattice_energy(potential, table)
     if not math.isfinite(energy_of_lattice):
@@ -198,7 +211,7 @@ def crystal_system(
     }
     return System(
         name=name,
-        target=target_ensemble(potential, table),
+        target=target_ensemble(potential, wide, reach=0.5 * spacing),
         state=ThermodynamicState(np.float64(beta), np.float64(0.0)),
         constants=constants,
         units=units,
@@ -213,7 +226,31 @@ def crystal_system(
     )
 
 
-def target_ensemble(potential: Potential, table: Any, dtype: str = "float64") -> Ensemble:
-    """exp(-beta (U - U(lattice))) of displacements, with kernels in `dtype`."""
+def nearest_distance(table: NeighbourTable) -> float:
+    """Shortest distance between two sites [length]."""
+    return float(np.linalg.norm(table.offset, axis=-1).min())
+
+
+def target_ensemble(
+    potential: Potential, table: NeighbourTable, dtype: str = "float64", reach: float | None = None
+) -> Ensemble:
+    """exp(-beta (U - U(lattice))) of displacements.
+
+    Args:
+        potential: The potential energy.
+        table: Neighbours that the kernel sees.
+        dtype: Precision of the kernel.
+        reach: If given, the ensemble ends where an atom is further than this from its site
+            [length]. Half the nearest-neighbour distance bounds the labelled crystal: an atom that
+            far has left its site. A table that holds all pairs up to the cutoff plus twice the
+            reach misses no pair inside.
+    """
     energy = bind(potential, table, dtype)
-    return Ensemble(reduced_potential=lambda u, state: state.beta * energy(u))
+
+    def reduced_potential(u: Array, state: ThermodynamicState) -> Array:
+        value = state.beta * energy(u)
+        if reach is None:
+            return value
+        return jnp.where(jnp.max(jnp.sum(u * u, axis=1)) < reach**2, value, jnp.inf)
+
+    return Ensemble(reduced_potential=reduced_potential)

@@ -26,6 +26,8 @@ from freeflow.types import Crystal, Ensemble, Key, Scalar, ThermodynamicState
 _DENSE_COORDINATES = 400
 # Modes whose squared frequency is below this fraction of the mean one count as unstable.
 _STABILITY = 1e-6
+# Iterations stop when the next one promises to lower the KL bound by less than this [kT].
+_NEGLIGIBLE_GAIN = 0.02
 
 
 class Gaussian(NamedTuple):
@@ -49,7 +51,7 @@ class GaussianCrystal:
     colour: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
     whiten: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
     colour_gradient: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
-    noise: Callable[..., Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
+    noise: Callable[[Key, Any], Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
 
     def ensemble(self, parameters: Gaussian) -> Ensemble:
         """exp(-|z|^2 / 2), whose integral over mean-free displacements is known exactly."""
@@ -198,6 +200,12 @@ def instability(crystal: Crystal, blocks: np.ndarray) -> Instability | None:
     return Instability(int(soft.sum()), float(values.min() / scale), tuple(int(k) for k in wave))
 
 
+def root_mean_square(crystal: Crystal, blocks: np.ndarray) -> float:
+    """Displacement of an atom along one direction, root mean square over atoms and directions [length]."""
+    values, _ = _decompose(crystal, _spectrum(crystal, _stabilised(crystal, blocks)))
+    return math.sqrt((1.0 / values).sum() / (3 * crystal.n_atoms))  # infinite values add nothing
+
+
 def gaussian_from_blocks(crystal: Crystal, blocks: np.ndarray, mean: np.ndarray | None = None) -> Gaussian:
     """The Gaussian with precision P, given by its blocks [1/length**2].
 
@@ -273,7 +281,10 @@ class Fit(NamedTuple):
     iterations: int
 
 
-EvaluateFn = Callable[[Float[Array, "batch n 3"]], tuple[Float[Array, " batch"], Float[Array, "batch n 3"]]]
+EvaluateFn = Callable[
+    [Gaussian, Float[np.ndarray, "batch n 3"]],
+    tuple[Float[np.ndarray, " batch"], Float[np.ndarray, "batch n 3"]],
+]
 
 
 def fit_self_consistent(
@@ -282,7 +293,7 @@ def fit_self_consistent(
     evaluate: EvaluateFn,
     seed: int,
     isotropic: bool = False,
-    n_samples: int = 128,
+    n_samples: int = 256,
     max_iterations: int = 12,
     progress: Callable[[int, float], None] = lambda *_: None,
 ) -> Fit:
@@ -297,7 +308,8 @@ def fit_self_consistent(
     Args:
         recipe: Functions of the crystal's Gaussians.
         start: Precision blocks to start from, (n_basis, n_translations, n_basis, 3, 3).
-        evaluate: Reduced potential relative to the lattice and gradient, of a batch.
+        evaluate: Reduced potential relative to the lattice, and its gradient with respect to z, of
+            a batch of white z under a Gaussian.
         seed: For the samples.
         isotropic: Keep every atom's precision a multiple of the unit matrix (Einstein crystal).
         n_samples: Evaluations per iteration.
@@ -305,54 +317,54 @@ def fit_self_consistent(
         progress: Called with the iteration and the KL bound per atom.
 
     Raises:
-        UnstableCrystalError: If the fixed point is not positive definite.
         InputError: If energies or forces are not finite.
     """
     crystal = recipe.crystal
     blocks, mean = _stabilised(crystal, start), np.zeros((crystal.n_atoms, 3))
     if isotropic:
         blocks = isotropic_blocks(crystal, blocks)
-    draw = jax.jit(jax.vmap(lambda key: recipe.noise(key, jnp.float32)))
-    colour = jax.jit(jax.vmap(recipe.colour, (None, 0)))
-    colour_gradient = jax.jit(jax.vmap(recipe.colour_gradient, (None, 0)))
-    evaluations, bounds = 0, []
+    rng = np.random.default_rng(seed)
+    log_two_pi = 1.5 * (crystal.n_atoms - 1) * math.log(2 * math.pi)
+    bounds: list[float] = []
     best: tuple[float, Gaussian] | None = None
     for iteration in range(max_iterations):
         gaussian = gaussian_from_blocks(crystal, blocks, mean)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), iteration), n_samples // 2)
-        half = draw(keys)
-        z = jnp.concatenate([half, -half])
-        u_b, gradient = evaluate(colour(gaussian, z))
-        g = colour_gradient(gaussian, gradient)
-        evaluations += n_samples
-        white, pull, excess = (np.asarray(x, np.float64) for x in (z, g, u_b))
-        if not np.isfinite(excess).all() or not np.isfinite(pull).all():
+        half = rng.standard_normal((n_samples // 2, crystal.n_atoms, 3))
+        half -= half.mean(axis=1, keepdims=True)
+        z = np.concatenate([half, -half])
+        u_b, g = evaluate(gaussian, z)
+        if not np.isfinite(u_b).all() or not np.isfinite(g).all():
             raise InputError(
                 "potential: energies or forces are not finite near the lattice; check density, temperature and units"
             )
-        per_sample = excess - 0.5 * (white**2).sum(axis=(1, 2))
-        log_z = 1.5 * (crystal.n_atoms - 1) * math.log(2 * math.pi) + float(gaussian.log_det)
-        # <|z|^2>/2 is known; the excess over it carries less noise than the energy alone.
-        bound = float(per_sample.mean()) - log_z
-        noise = float(per_sample.std() / math.sqrt(n_samples / 2))
-        bounds.append(bound)
-        progress(iteration, bound / crystal.n_atoms)
-        if best is None or bound < best[0]:
-            best = (bound, gaussian)
-        correction, gain = _correction(crystal, white, pull - white, isotropic)
-        if iteration >= 2 and (gain < 0.02 or bound > bounds[-2] - 0.1 * noise and gain < 0.5):
+        # <|z|^2> is known; pairing each energy with its own |z|^2 takes out most of the noise.
+        excess = u_b - 0.5 * (z**2).sum(axis=(1, 2))
+        bounds.append(float(excess.mean()) - log_two_pi - float(gaussian.log_det))
+        progress(iteration, bounds[-1] / crystal.n_atoms)
+        if best is None or bounds[-1] < best[0]:
+            best = (bounds[-1], gaussian)
+        correction, gain = _correction(crystal, z, g - z, isotropic)
+        noise = float(excess.std() / math.sqrt(n_samples / 2))
+        stalled = len(bounds) > 2 and bounds[-1] > bounds[-2] - 0.1 * noise and gain < 0.5
+        if stalled or gain < _NEGLIGIBLE_GAIN:
             break
-        spectrum = _spectrum(crystal, blocks)
-        values, vectors = _decompose(crystal, spectrum)
+        values, vectors = _decompose(crystal, _spectrum(crystal, blocks))
         root = np.where(np.isfinite(values), np.sqrt(np.where(np.isfinite(values), values, 0.0)), 0.0)
-        half_p = np.einsum("qik,qk,qjk->qij", vectors, root, np.conj(vectors), optimize=True)
-        blocks = _blocks(crystal, half_p @ (np.eye(spectrum.shape[1]) + correction) @ half_p)
+        root_p = np.einsum("qik,qk,qjk->qij", vectors, root, np.conj(vectors), optimize=True)
+        blocks = _blocks(crystal, root_p @ (np.eye(root_p.shape[1]) + correction) @ root_p)
         if isotropic:
             blocks = isotropic_blocks(crystal, blocks)
-        shift = np.asarray(colour_gradient(gaussian, jnp.asarray(pull.mean(axis=0)[None], jnp.float32)))[0]
-        mean = mean - _symmetric_vector(crystal, np.asarray(shift, np.float64))
+        mean = mean - _symmetric_vector(crystal, _uniform_newton(crystal, root_p[0].real, g.mean(axis=0)))
     assert best is not None
-    return Fit(best[1], evaluations, best[0], len(bounds))
+    return Fit(best[1], n_samples * len(bounds), best[0], len(bounds))
+
+
+def _uniform_newton(crystal: Crystal, root_p: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Displacement A <g> (n_atoms, 3) of the basis atoms that would take the mean force to zero."""
+    step = np.linalg.pinv(root_p, hermitian=True) @ g[crystal.site_of].mean(axis=0).reshape(-1)
+    everywhere = np.empty_like(g)
+    everywhere[crystal.site_of] = step.reshape(1, -1, 3)
+    return everywhere
 
 
 def _correction(crystal: Crystal, z: np.ndarray, rest: np.ndarray, isotropic: bool) -> tuple[np.ndarray, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -87,14 +87,14 @@ class BridgeSampler:
         self.recipe, self.bridge, self.target = recipe, bridge, target
         self.state, self.batch, self.seed = state, batch, seed
         self.workers = n_workers()
-        self.energy_evaluations = 0
-        self.compile_seconds = 0.0
+        self.energy_evaluations: Counter[str] = Counter()  # reference, tuning, sampling, checks
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="freeflow")
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="freeflow-compile")
         self._compiled: dict[str, Future[Any]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._launch = jax.jit(jax.vmap(bridge.launch))
+        self._launch_dtype = jax.eval_shape(bridge.launch, jax.random.key(0)).z.dtype
 
     def compile(self, name: str, like: Gaussian) -> Future[Any]:
         """Begin to compile a piece for parameters shaped like `like`, unless that has begun already."""
@@ -104,7 +104,6 @@ class BridgeSampler:
             return self._compiled[name]
 
     def _lower(self, name: str, like: Gaussian) -> Any:
-        begin = time.perf_counter()
         keys = self._keys(0)
         walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)
         if name == "exact":
@@ -113,10 +112,7 @@ class BridgeSampler:
             move = self.bridge.forward_segment if name == "forward" else self.bridge.reverse_segment
             over_batch = jax.jit(jax.vmap(move, (None, 0, 0, None, None)), donate_argnums=2)
             piece = over_batch.lower(like, keys, walker, bridges.fetch_segment(True), self.state)
-        compiled = piece.compile()
-        with self._lock:
-            self.compile_seconds += time.perf_counter() - begin
-        return compiled
+        return piece.compile()
 
     def _exact(self, gaussian: Gaussian, walker: Walker) -> Array:
         y = self.recipe.colour(gaussian, walker.z.astype("float64"))
@@ -135,20 +131,43 @@ class BridgeSampler:
     def _keys(self, index: int) -> Array:
         return jax.random.split(jax.random.fold_in(jax.random.key(self.seed), index), self.batch)
 
-    def _move(self, name: str, gaussian: Gaussian, keys: Array, walker: Walker, segment: Segment) -> Walker:
+    def _move(
+        self, name: str, gaussian: Gaussian, keys: Array, walker: Walker, segment: Segment, purpose: str
+    ) -> Walker:
         moved = self.compile(name, gaussian).result()(gaussian, keys, walker, segment, self.state)
         moved = jax.block_until_ready(moved)
-        self._count(int(segment.count))
+        self._count(purpose, int(segment.count))
         return moved
 
     def _correct(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
         correction = np.asarray(self.compile("exact", gaussian).result()(gaussian, walker))
-        self._count(1)
+        self._count("checks", 1)
         return correction
 
-    def _count(self, stages: int) -> None:
+    def _count(self, purpose: str, stages: int) -> None:
         with self._lock:
-            self.energy_evaluations += self.batch * stages
+            self.energy_evaluations[purpose] += self.batch * stages
+
+    def _launched(self, gaussian: Gaussian, keys: Array, purpose: str) -> Walker:
+        """Samples of the reference, with energy and gradient."""
+        return self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(True), purpose)
+
+    def evaluate(self, gaussian: Gaussian, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Target's reduced potential (n,) and its gradient (n, n_atoms, 3) with respect to white z.
+
+        The number of configurations must be a multiple of the batch.
+        """
+        keys = self._keys(0)
+
+        def one(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            walker = self._launch(keys)._replace(z=jax.numpy.asarray(part, self._launch_dtype))
+            walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(True), "reference")
+            return np.asarray(walker.u_b), np.asarray(walker.gradient, np.float64)
+
+        parts = np.split(z, len(z) // self.batch)
+        jobs = [self._threads.submit(_in_this_thread, one, part) for part in parts]
+        energies, gradients = zip(*(job.result() for job in jobs), strict=True)
+        return np.concatenate(energies), np.concatenate(gradients)
 
     def _walk(
         self, name: str, params: BridgeParams, keys: Array, walker: Walker, on_segment: OnSegment
@@ -159,13 +178,15 @@ class BridgeSampler:
             if self._stop.is_set():
                 return None
             segment = Segment(*(np.asarray(part[j]) for part in segments))
-            walker = self._move(name, params.gaussian, keys, walker, segment)
+            walker = self._move(name, params.gaussian, keys, walker, segment, "sampling")
             on_segment(self.batch * int(segment.count))
         return walker
 
     def _cross(self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment) -> Crossing | None:
         gaussian, keys = params.gaussian, self._keys(index)
-        walker = self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(True))
+        if not len(params.schedule.counts):
+            return self._direct(gaussian, keys)
+        walker = self._launched(gaussian, keys, "sampling")
         walker = self._walk("forward", params, keys, walker, on_segment)
         if walker is None:
             return None
@@ -181,13 +202,20 @@ class BridgeSampler:
         parents = systematic_resample(-forward, rng)
         walker = jax.tree.map(lambda leaf: leaf[parents], walker)
         end = Segment(np.float64(1), np.float64(1), np.asarray(params.schedule.step_sizes[-1]), np.int32(settle))
-        walker = self._move("forward", gaussian, keys, walker, end)
+        walker = self._move("forward", gaussian, keys, walker, end, "sampling")
         on_segment(self.batch * settle)
         departure = self._correct(gaussian, walker)
         walker = self._walk("reverse", params, keys, walker._replace(work=jax.numpy.zeros(self.batch)), on_segment)
         if walker is None:
             return None
         return Crossing(forward, np.asarray(walker.work) - departure, parents, correction, acceptance)
+
+    def _direct(self, gaussian: Gaussian, keys: Array) -> Crossing:
+        """No bridge: the work of switching from the reference to the target at once."""
+        walker = self._launch(keys)
+        z = np.asarray(walker.z, np.float64)
+        work = self._correct(gaussian, walker) - 0.5 * (z**2).sum(axis=(1, 2))
+        return Crossing(work, np.empty(0), np.empty(0, int), np.zeros(self.batch), 1.0)
 
     def cross(
         self, params: BridgeParams, indices: Iterable[int], on_segment: OnSegment = lambda _: None, settle: int = 0
@@ -210,11 +238,11 @@ class BridgeSampler:
         """Trial crossing that picks its own pace (`freeflow.bridge.Pace`); calls back with lambda."""
         # Far from the batches of the run, so that no random number serves twice.
         keys = [self._keys(2**31 - 1 - k) for k in range(n_batches)]
-        walkers = [self._launch(key) for key in keys]
+        walkers = [self._launched(gaussian, key, "tuning") for key in keys]
 
         def everyone(segment: Segment) -> None:
             jobs = [
-                self._threads.submit(_in_this_thread, self._move, "forward", gaussian, key, walker, segment)
+                self._threads.submit(_in_this_thread, self._move, "forward", gaussian, key, walker, segment, "tuning")
                 for key, walker in zip(keys, walkers, strict=True)
             ]
             walkers[:] = [job.result() for job in jobs]
@@ -222,14 +250,14 @@ class BridgeSampler:
         def read(name: str) -> np.ndarray:
             return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in walkers])
 
-        everyone(bridges.fetch_segment(True))
         pace = bridges.Pace()
         while not pace.arrived and not self._stop.is_set():
             segment = pace.next(read("u_b") - 0.5 * (read("z") ** 2).sum(axis=(1, 2)))
             everyone(segment)
             pace.learn(read("work"), read("accepted"))
             on_segment(pace.lam)
-        return pace.pilot()
+        lost = np.mean([~np.isfinite(self._correct(gaussian, walker)) for walker in walkers])
+        return pace.pilot(float(lost))
 
 
 def systematic_resample(log_weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,431 @@
+"""The main jobs, each told in one function."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from freeflow import bridge as bridges
+from freeflow import references
+from freeflow.bridge import BridgeParams, Pilot, Schedule
+from freeflow.config import load, revise
+from freeflow.crystals import nearest_distance, target_ensemble
+from freeflow.errors import InputError
+from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability
+from freeflow.geometry import nearest_image_table, neighbour_table
+from freeflow.potentials import force_constants
+from freeflow.references import Fit, Gaussian, GaussianCrystal
+from freeflow.result import Result, Status, provenance
+from freeflow.stopping import StoppingRule
+from freeflow.types import Ensemble, Plan, System, double_precision
+from freeflow.work import BridgeSampler, Crossing
+
+# The kernel that crosses the bridge sees pairs up to the cutoff plus so many standard deviations
+# of a distance. What it misses is put right exactly when a sample arrives.
+_SKIN = 3.0
+# A bridge is made so slow that its work varies by no more than this [kT^2]: one-sided estimates
+# from a few hundred samples are sound up to about 1, and little is gained below the lower bound.
+_WORK_VARIANCE = (0.15, 1.0)
+_MIN_SAMPLES = 192
+_MIN_SAMPLES_DIRECT = 2048  # without a bridge a soft mode hides from fewer
+_PILOT_UNDERESTIMATE = 1.1  # a short pilot sees a little less friction than a slow crossing meets
+_MAX_STAGES = 50_000
+_SETTLE = 96  # stages that arrivals spend at the target before they return
+_LOST = 0.01  # share of samples with an atom off its site above which there is no crystal to speak of
+
+
+class Progress(NamedTuple):
+    """What a run is doing just now."""
+
+    phase: str  # "reference" | "tuning" | "sampling"
+    fraction: float | None
+    text: str
+
+
+Report = Callable[[Progress], None]
+
+
+def enable_compilation_cache(folder: Path | None) -> None:
+    """Keep compiled code in `folder` so that later runs start fast; None switches the cache off."""
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    if folder is not None:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def estimate(
+    system: System | str | Path | dict[str, Any],
+    plan: Plan | None = None,
+    progress: Report | None = None,
+    **changes: Any,
+) -> Result:
+    """Estimate a free energy until its error bar is small enough, and say how good it is.
+
+    Args:
+        system: A system, or what `freeflow.load` makes one from.
+        plan: How to estimate; the system's own plan by default.
+        progress: Called now and then with what is going on.
+        **changes: Values of the plan to replace, such as `target_error=1e-4` [kT per atom].
+
+    Returns:
+        The result; its `status` says whether to trust it. Interrupted by Ctrl-C after some samples
+        were complete, it holds what they tell.
+
+    Raises:
+        InputError: If the system or the plan cannot be used.
+        KeyboardInterrupt: If interrupted before any sample was complete.
+    """
+    system = system if isinstance(system, System) else load(system)
+    plan = revise(plan or system.plan, **changes)
+    if plan.estimator == "bar" and plan.bridge is None:
+        raise InputError("estimate.estimator: bar needs samples of the target; give it a bridge, or use fep")
+    report = progress or (lambda _: None)
+    clock = Clock()
+    with double_precision(), _sampler(system, plan) as run:
+        fit = _fit_reference(run, report)
+        clock.lap("reference")
+        schedule, pilot = _tune(run, fit.gaussian, report)
+        clock.lap("tuning")
+        samples = _sample_until(run, BridgeParams(fit.gaussian, schedule), report)
+        clock.lap("sampling")
+        return _result(run, fit, pilot, samples, clock)
+
+
+class Clock:
+    """Wall time of the phases, and of the compilation inside them."""
+
+    _compiled = 0.0  # of the whole process; JAX reports it from all threads
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+        self._compiled_before = Clock._compiled
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """All that was booked, with the total."""
+        total = time.perf_counter() - self._begin
+        # Threads compile side by side: the sum may exceed what the user waited.
+        return {"total": total, "compile": min(Clock._compiled - self._compiled_before, total), **self.laps}
+
+    @classmethod
+    def count_compilation(cls, event: str, seconds: float, **_: Any) -> None:
+        """Listener for JAX's own timings."""
+        if event.startswith("/jax/core/compile/"):
+            cls._compiled += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(Clock.count_compilation)
+
+
+# ------------------------------------------------------------------------- setting up
+
+
+@dataclass
+class Run:
+    """What the phases of one estimate share."""
+
+    system: System
+    plan: Plan
+    recipe: GaussianCrystal
+    sampler: BridgeSampler
+    blocks: np.ndarray  # harmonic precision
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def target_error(self) -> float:
+        """Standard error to reach [kT, total]."""
+        return self.plan.target_error * self.system.n_atoms
+
+
+@contextmanager
+def _sampler(system: System, plan: Plan) -> Iterator[Run]:
+    """Tables, kernels and compiled pieces for a system; threads end with the context."""
+    crystal, potential, beta = system.crystal, system.potential, float(system.state.beta)
+    recipe = references.gaussian_crystal(crystal)
+    if system.nearest_image_only:
+        near = nearest_image_table(crystal)
+    else:
+        near = neighbour_table(crystal, 1.0001 * potential.cutoff)
+    columns = force_constants(potential, near, crystal.site_of[0])
+    if not np.isfinite(columns).all():
+        raise InputError("potential: the forces near the perfect lattice are not finite; check density and units")
+    blocks = references.harmonic_blocks(crystal, columns, beta)
+    unstable = references.instability(crystal, blocks)
+    run_warnings = []
+    if unstable is not None and plan.reference == "harmonic":
+        references.gaussian_from_blocks(crystal, blocks)  # raises, naming the modes
+    if unstable is not None:
+        run_warnings.append(
+            f"the perfect lattice is not a minimum of the energy: {unstable.count} imaginary modes, the strongest at "
+            f"wave vector {unstable.wave} of {crystal.group}; the {plan.reference} reference goes round them"
+        )
+    if not system.nearest_image_only:
+        swing = math.sqrt(2.0) * references.root_mean_square(crystal, blocks)
+        near = neighbour_table(crystal, potential.cutoff + min(_SKIN * swing, nearest_distance(near)))
+    cheap = target_ensemble(potential, near, plan.precision)
+    transport = bridges.bridge(recipe, cheap, plan.precision)
+    sampler = BridgeSampler(recipe, transport, system.target, system.state, _batch_size(crystal.n_atoms), plan.seed)
+    sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
+    try:
+        like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
+        if plan.bridge is not None or plan.reference != "harmonic":
+            sampler.compile("forward", like)
+        sampler.compile("exact", like)
+        if plan.estimator == "bar":
+            sampler.compile("reverse", like)
+        yield Run(system, plan, recipe, sampler, blocks, run_warnings)
+    finally:
+        sampler.close()
+
+
+def _batch_size(n_atoms: int) -> int:
+    """Samples that move together: enough to fill vector units, few enough for the cache."""
+    if jax.default_backend() != "cpu":
+        return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
+    return int(np.clip(2 ** round(math.log2(2**14 / n_atoms)), 16, 128)) if n_atoms > 256 else (64 if n_atoms > 128 else 128)
+
+
+def _fit_reference(run: Run, report: Report) -> Fit:
+    """The plan's reference ensemble."""
+    crystal, plan = run.system.crystal, run.plan
+    if plan.reference == "harmonic":
+        return Fit(references.gaussian_from_blocks(crystal, run.blocks), 0, math.nan, 0)
+    constants = -run.system.log_prefactor / crystal.n_atoms
+
+    def tell(iteration: int, bound: float) -> None:
+        text = f"fitting the {plan.reference} reference, beta F below {constants + bound:.5f} per atom"
+        report(Progress("reference", None, text))
+
+    report(Progress("reference", None, "compiling"))
+    return references.fit_self_consistent(
+        run.recipe,
+        run.blocks,
+        run.sampler.evaluate,
+        plan.seed,
+        isotropic=plan.reference == "einstein",
+        n_samples=max(256, 2 * run.sampler.batch),
+        progress=tell,
+    )
+
+
+def _tune(run: Run, gaussian: Gaussian, report: Report) -> tuple[Schedule, Pilot | None]:
+    """How many stages the bridge gets, where they lie and how large their steps are."""
+    if run.plan.bridge is None:
+        nothing = np.empty(0)
+        return Schedule(np.array([0.0]), nothing, nothing.astype(np.int32)), None
+    report(Progress("tuning", 0.0, "trial crossing"))
+    pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", lam, "trial crossing")))
+    if pilot.lost > _LOST:
+        run.warnings.append(f"in {pilot.lost:.0%} of the trial samples an atom left its site")
+    stages = run.plan.bridge if isinstance(run.plan.bridge, int) else _stages(run, pilot)
+    return bridges.schedule_from(pilot, stages), pilot
+
+
+def _stages(run: Run, pilot: Pilot) -> int:
+    """Stages that bring the target error with few enough samples: see docs/bridge.md.
+
+    After K stages var(w) = 2 L^2 / K, and n samples have the squared error (exp(var) - 1) / n: the
+    cost K n for a given error falls with K until n reaches the fewest samples that an error bar
+    can be had from.
+    """
+    length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
+    n = min(_MIN_SAMPLES, run.plan.max_samples)
+    variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
+    return int(np.clip(math.ceil(2 * length2 / variance), 16, _MAX_STAGES))
+
+
+# ------------------------------------------------------------------------- sampling
+
+
+@dataclass
+class Samples:
+    """All crossings so far, in the order of their batches."""
+
+    crossings: list[Crossing] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def forward(self) -> np.ndarray:
+        return np.concatenate([crossing.forward for crossing in self.crossings] or [np.empty(0)])
+
+    @property
+    def reverse(self) -> np.ndarray:
+        return np.concatenate([crossing.reverse for crossing in self.crossings] or [np.empty(0)])
+
+    @property
+    def inefficiency(self) -> tuple[float, float]:
+        """Statistical inefficiency of forward and reverse work: siblings among the latter are not independent."""
+        groups = [
+            crossing.reverse[crossing.parents == parent]
+            for crossing in self.crossings
+            for parent in np.unique(crossing.parents)
+        ]
+        return 1.0, _sibling_inefficiency(groups)
+
+
+def _sibling_inefficiency(groups: list[np.ndarray]) -> float:
+    """1 + (m - 1) rho, with m the mean size of a sample's group and rho the correlation within groups."""
+    values = np.concatenate(groups or [np.empty(0)])
+    pairs = sum(len(group) * (len(group) - 1) for group in groups)
+    if len(values) < 3 or pairs == 0 or not np.isfinite(values).all() or values.var() == 0:
+        return 1.0
+    centred = [group - values.mean() for group in groups]
+    within = sum(float(group.sum() ** 2 - (group**2).sum()) for group in centred) / pairs
+    correlation = float(np.clip(within / values.var(), 0.0, 1.0))
+    return 1.0 + pairs / len(values) * correlation
+
+
+def _estimator(run: Run, samples: Samples) -> Estimator:
+    if run.plan.estimator == "bar":
+        return functools.partial(bar, inefficiency=samples.inefficiency)
+    return ESTIMATORS[run.plan.estimator]
+
+
+def _sample_until(run: Run, params: BridgeParams, report: Report) -> Samples:
+    """Batches of samples until the stopping rule is content, the limit is reached, or Ctrl-C."""
+    plan, sampler = run.plan, run.sampler
+    fewest = _MIN_SAMPLES if len(params.schedule.counts) else _MIN_SAMPLES_DIRECT
+    rule = StoppingRule(run.target_error, plan.max_samples, min_samples=min(fewest, plan.max_samples))
+    samples, told = Samples(), _Teller(run, params.schedule, report)
+    settle = _SETTLE if plan.estimator == "bar" else 0
+    while True:
+        work = record(samples.forward, samples.reverse)
+        estimator = _estimator(run, samples)
+        more = rule.further(work, estimator)
+        if more == 0:
+            return samples
+        told.look(work, estimator, rule.predicted_samples(work, estimator))
+        batches = range(len(samples.crossings), len(samples.crossings) + math.ceil(more / sampler.batch))
+        jobs = sampler.cross(params, batches, told.moved, settle)
+        try:
+            while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
+                if any(job.done() and job.exception() for job in jobs):
+                    break
+                told.tick()
+        except KeyboardInterrupt:
+            sampler.stop()
+            samples.crossings += _arrived(jobs)
+            if not samples.crossings:
+                raise
+            samples.interrupted = True
+            return samples
+        samples.crossings += _arrived(jobs)
+
+
+def _arrived(jobs: list[Future[Crossing | None]]) -> list[Crossing]:
+    """Crossings that were completed; those that have not begun are called off."""
+    for job in jobs:
+        job.cancel()
+    done = [job.result() for job in jobs if not job.cancelled()]
+    return [crossing for crossing in done if crossing is not None]
+
+
+class _Teller:
+    """Turns what the threads do into progress that a person can read."""
+
+    def __init__(self, run: Run, schedule: Schedule, report: Report):
+        self._run, self._report = run, report
+        self._per_sample = max(int(schedule.counts.sum()), 1) * (2 if run.plan.estimator == "bar" else 1)
+        self._moved, self._planned, self._text = 0, math.inf, "first samples"
+
+    def moved(self, evaluations: int) -> None:
+        """Called from the sampling threads; a lost update would only dent the bar."""
+        self._moved += evaluations
+
+    def look(self, work: Any, estimator: Estimator, predicted: int) -> None:
+        """New estimate, new prediction."""
+        n_atoms, target = self._run.system.n_atoms, self._run.plan.target_error
+        planned = min(predicted, self._run.plan.max_samples)
+        self._planned = planned * self._per_sample
+        if len(work.forward) > 1:
+            error = float(estimator(work).std_error) / n_atoms
+            self._text = f"{len(work.forward)} of about {planned} samples, error {error:.1e} per atom, target {target:g}"
+        self.tick()
+
+    def tick(self) -> None:
+        """Report where things stand."""
+        self._report(Progress("sampling", min(self._moved / self._planned, 1.0), self._text))
+
+
+# ------------------------------------------------------------------------- the answer
+
+
+def _result(run: Run, fit: Fit, pilot: Pilot | None, samples: Samples, clock: Clock) -> Result:
+    """Everything a user should know about the answer."""
+    system, plan = run.system, run.plan
+    work = record(samples.forward, samples.reverse)
+    inefficiency = samples.inefficiency
+    answer = _estimator(run, samples)(work)
+    diagnostics = diagnose(work, plan.estimator, inefficiency=inefficiency, seed=plan.seed)
+    delta_f, error = float(answer.delta_f), float(answer.std_error)
+    ensemble: Ensemble = run.recipe.ensemble(fit.gaussian)
+    components = {
+        "lattice energy": system.constants["lattice energy"],
+        "reference": -float(ensemble.log_partition(system.state)),
+        "work": delta_f,
+        **{name: value for name, value in system.constants.items() if name != "lattice energy"},
+    }
+    reasons = list(reliability(diagnostics, answer))
+    lost = float(np.mean(np.isposinf(work.forward)))
+    if lost > _LOST:
+        reasons.insert(
+            0,
+            f"in {lost:.0%} of the samples an atom left its site: the crystal melts or its atoms hop at this temperature",
+        )
+    elif lost > 0:
+        run.warnings.append(f"in {lost:.2%} of the samples an atom left its site; they are not counted as this crystal")
+    status: Status
+    reached = error <= run.target_error
+    if samples.interrupted:
+        status = "interrupted"
+    elif reasons:
+        status = "unreliable"
+    else:
+        status = "converged" if reached else "target_not_reached"
+    if not reached and not samples.interrupted and math.isfinite(error):
+        need = len(work.forward) * (error / run.target_error) ** 2
+        reasons.append(
+            f"target error {plan.target_error:g} per atom not reached with {len(work.forward)} samples "
+            f"(max_samples {plan.max_samples}); about {need:.0f} would do"
+        )
+    checks = run.sampler.energy_evaluations
+    return Result(
+        system=system,
+        plan=plan,
+        estimator=plan.estimator,
+        delta_f=delta_f,
+        delta_f_std_error=error,
+        components=components,
+        beta_f=math.fsum(components.values()),
+        beta_f_std_error=error,
+        work=work,
+        n_samples=len(work.forward),
+        energy_evaluations={name: checks[name] for name in ("reference", "tuning", "sampling", "checks")},
+        wall_seconds=clock.seconds(),
+        status=status,
+        ess_fraction=float(answer.ess_fraction),
+        pareto_k=diagnostics.pareto_k,
+        overlap=diagnostics.overlap,
+        largest_weight_share=diagnostics.largest_weight_share,
+        drift_z=diagnostics.drift_z,
+        hysteresis_z=diagnostics.hysteresis_z,
+        bootstrap_std_error=diagnostics.bootstrap_std_error,
+        warnings=(*reasons, *run.warnings),
+        provenance=provenance(system, plan),
+    )
