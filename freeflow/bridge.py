@@ -29,6 +29,11 @@ _PERSISTENCE = math.sqrt(0.7)
 _LARGEST_STEP = 1.4  # a quarter turn forgets the position altogether, and more turns it back
 ACCEPTANCE = 0.85  # aimed at by the step size
 
+# A first pilot feels its way: so many stages per segment, switches that scatter the work by no
+# more than so many kT and are never longer than so much, and patience for so many segments.
+_FEELER, _SWITCH_SPREAD, _LARGEST_SWITCH, _PATIENCE = 4, 0.25, 1 / 64, 500
+_FIRST_STEP = 0.5
+
 
 class Schedule(NamedTuple):
     """How the bridge is crossed: segments of equally spaced stages with one step size each."""
@@ -216,15 +221,20 @@ class Pilot(NamedTuple):
 
 
 class Pace:
-    """Chooses the stages of a pilot as it goes: short switches where the work would scatter,
-    step sizes that keep the acceptance near its aim."""
+    """Chooses the segments of a pilot as it goes, and step sizes that keep the acceptance near its aim.
 
-    def __init__(self, spread: float = 0.25, stages: int = 4, largest_switch: float = 1 / 64, most_segments: int = 500):
-        self.lam, self._stages, self._spread, self._largest = 0.0, stages, spread, largest_switch
-        self._most, self._step_size = most_segments, 0.5
-        self._work = self._accepted = np.zeros(1)
-        self._lambdas: list[float] = [0.0]
-        self._rows: list[tuple[float, float, np.ndarray]] = []
+    Without a schedule it takes short switches where the work would scatter, never long ones. With
+    a schedule it follows that, correcting the step sizes.
+    """
+
+    def __init__(self, schedule: Schedule | None = None):
+        self.lam = 0.0
+        self._schedule = schedule
+        self._factor = 1.0
+        self._accepted = np.ones(1)  # of the step that fetched the energy
+        self._work = np.zeros(1)
+        self._segments: list[Segment] = []
+        self._rows: list[tuple[float, np.ndarray]] = []
 
     @property
     def arrived(self) -> bool:
@@ -232,31 +242,40 @@ class Pace:
 
     def next(self, difference: np.ndarray) -> Segment:
         """The next segment, from every sample's u_B - u_A where it stands now."""
+        segment = self._feel(difference) if self._schedule is None else self._follow(self._schedule)
+        self._segments.append(segment)
+        self.lam = float(segment.stop)
+        return segment
+
+    def _follow(self, schedule: Schedule) -> Segment:
+        planned = Segment(*(part[len(self._rows)] for part in segments_of(schedule)))
+        return planned._replace(step_size=np.float64(min(planned.step_size * self._factor, _LARGEST_STEP)))
+
+    def _feel(self, difference: np.ndarray) -> Segment:
         # Quantiles: the far tail of a reference's overlaps must not stall the pilot.
         low, high = np.quantile(difference[np.isfinite(difference)], [0.16, 0.84])
-        switch = min(self._largest, self._spread / max(0.5 * float(high - low), 1e-9))
-        if len(self._rows) >= self._most:  # crossing takes too long: hurry, and let the schedule mend it
-            switch *= 2.0 ** (1 + (len(self._rows) - self._most) / 20)
-        stop = self.lam + self._stages * switch
-        stop = 1.0 if stop > 1.0 - 0.5 * self._stages * switch else stop
-        segment = Segment(np.float64(self.lam), np.float64(stop), np.float64(self._step_size), np.int32(self._stages))
-        self.lam = float(stop)
-        return segment
+        switch = min(_LARGEST_SWITCH, _SWITCH_SPREAD / max(0.5 * float(high - low), 1e-9))
+        if len(self._rows) >= _PATIENCE:  # crossing takes too long: hurry, and let the schedule mend it
+            switch *= 2.0 ** (1 + (len(self._rows) - _PATIENCE) / 20)
+        stop = self.lam + _FEELER * switch
+        stop = 1.0 if stop > 1.0 - 0.5 * _FEELER * switch else stop
+        step = min(_FIRST_STEP * self._factor, _LARGEST_STEP)
+        return Segment(np.float64(self.lam), np.float64(stop), np.float64(step), np.int32(_FEELER))
 
     def learn(self, work: np.ndarray, accepted: np.ndarray) -> None:
         """Book a segment from every sample's total work and accepted steps so far."""
-        if not self._rows:
-            self._accepted = np.ones_like(accepted)  # the step that fetched the energy
-        share = float(np.mean(accepted - self._accepted)) / self._stages
-        self._lambdas.append(self.lam)
-        self._rows.append((self._step_size, share, work - self._work))
+        stages = int(self._segments[-1].count)
+        share = float(np.mean(accepted - self._accepted)) / stages
+        self._rows.append((share, work - self._work))
         self._work, self._accepted = work, accepted
-        self._step_size = min(self._step_size * math.exp(0.8 * (share - ACCEPTANCE)), _LARGEST_STEP)
+        # Four stages of a hundred samples know the acceptance to 0.02; longer segments deserve no more.
+        self._factor *= math.exp(0.8 * (share - ACCEPTANCE))
 
     def pilot(self, lost: float) -> Pilot:
         """All that was booked; `lost` is the share of samples that did not arrive as crystals."""
-        steps, shares, works = (np.array(column) for column in zip(*self._rows, strict=True))
-        return Pilot(np.array(self._lambdas), np.full(len(works), self._stages), steps, shares, works, lost)
+        shares, works = (np.array(column) for column in zip(*self._rows, strict=True))
+        _, stops, steps, counts = (np.array(column) for column in zip(*self._segments, strict=True))
+        return Pilot(np.concatenate([[0.0], stops]), counts, steps, shares, works, lost)
 
 
 def friction(pilot: Pilot) -> np.ndarray:

@@ -35,10 +35,11 @@ from freeflow.work import BridgeSampler, Crossing
 _SKIN = 3.0
 # A bridge is made so slow that its work varies by no more than this [kT^2]: one-sided estimates
 # from a few hundred samples are sound up to about 1, and little is gained below the lower bound.
-_WORK_VARIANCE = (0.15, 1.0)
+_WORK_VARIANCE = (0.08, 1.0)
 _MIN_SAMPLES = 192
 _MIN_SAMPLES_DIRECT = 2048  # without a bridge a soft mode hides from fewer
-_PILOT_UNDERESTIMATE = 1.1  # a short pilot sees a little less friction than a slow crossing meets
+_PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
+_SECOND_PILOT = (96, 1_000)  # stages, at least and at most
 _MAX_STAGES = 50_000
 _SETTLE = 96  # stages that arrivals spend at the target before they return
 _LOST = 0.01  # share of samples with an atom off its site above which there is no crystal to speak of
@@ -229,8 +230,15 @@ def _tune(run: Run, gaussian: Gaussian, report: Report) -> tuple[Schedule, Pilot
     if run.plan.bridge is None:
         nothing = np.empty(0)
         return Schedule(np.array([0.0]), nothing, nothing.astype(np.int32)), None
-    report(Progress("tuning", 0.0, "trial crossing"))
-    pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", lam, "trial crossing")))
+    report(Progress("tuning", 0.0, "first trial crossing"))
+    pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
+    # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
+    slower = int(np.clip(bridges.thermodynamic_length(pilot) ** 2, *_SECOND_PILOT))
+    pilot = run.sampler.pilot(
+        gaussian,
+        lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
+        bridges.schedule_from(pilot, slower),
+    )
     if pilot.lost > _LOST:
         run.warnings.append(f"in {pilot.lost:.0%} of the trial samples an atom left its site")
     stages = run.plan.bridge if isinstance(run.plan.bridge, int) else _stages(run, pilot)

@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array
 
 from freeflow import bridge as bridges
-from freeflow.bridge import Bridge, BridgeParams, Pilot, Segment, Walker
+from freeflow.bridge import Bridge, BridgeParams, Pilot, Schedule, Segment, Walker
 from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import Ensemble, Key, ThermodynamicState, Transport, double_precision
 
+_PILOT_SAMPLES = 128  # at least
 OnSegment = Callable[[int], None]  # told the energy evaluations of every piece of the way
 
 
@@ -233,11 +234,17 @@ class BridgeSampler:
         ]
 
     def pilot(
-        self, gaussian: Gaussian, on_segment: Callable[[float], None] = lambda _: None, n_batches: int = 2
+        self,
+        gaussian: Gaussian,
+        on_segment: Callable[[float], None] = lambda _: None,
+        schedule: Schedule | None = None,
+        n_batches: int | None = None,
     ) -> Pilot:
-        """Trial crossing that picks its own pace (`freeflow.bridge.Pace`); calls back with lambda."""
+        """Trial crossing at its own pace (`freeflow.bridge.Pace`) or a schedule's; calls back with lambda."""
+        n_batches = n_batches or max(2, -(-_PILOT_SAMPLES // self.batch))
         # Far from the batches of the run, so that no random number serves twice.
-        keys = [self._keys(2**31 - 1 - k) for k in range(n_batches)]
+        first = 2**31 if schedule is None else 2**31 + n_batches
+        keys = [self._keys(first + k) for k in range(n_batches)]
         walkers = [self._launched(gaussian, key, "tuning") for key in keys]
 
         def everyone(segment: Segment) -> None:
@@ -250,7 +257,7 @@ class BridgeSampler:
         def read(name: str) -> np.ndarray:
             return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in walkers])
 
-        pace = bridges.Pace()
+        pace = bridges.Pace(schedule)
         while not pace.arrived and not self._stop.is_set():
             segment = pace.next(read("u_b") - 0.5 * (read("z") ** 2).sum(axis=(1, 2)))
             everyone(segment)
