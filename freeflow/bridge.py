@@ -2,11 +2,12 @@
 
 The path is u_l = (1 - l) u_A + l u_B in the reference's whitened coordinates z, where u_A is
 |z|^2 / 2, so that one step size suits all modes. Every stage switches l and then takes one step
-of generalised hybrid Monte Carlo: half-refreshed velocities, one leapfrog step, a Metropolis
-test. One stage costs one energy and gradient.
+of generalised hybrid Monte Carlo: partly refreshed velocities, one kick-turn-kick step, a
+Metropolis test. One stage costs one energy and gradient.
 
 References: Jarzynski, PRE 56, 5018 (1997); Neal, Stat. Comput. 11, 125 (2001); Horowitz, Phys.
-Lett. B 268, 247 (1991); Crooks, PRE 60, 2721 (1999) for the reverse process.
+Lett. B 268, 247 (1991); Shahbaba et al., Stat. Comput. 24, 339 (2014) for the splitting; Crooks,
+PRE 60, 2721 (1999) for the reverse process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from freeflow.references import Gaussian, GaussianCrystal
-from freeflow.types import Configuration, Ensemble, Key, Move, Scalar, ThermodynamicState, Transport
+from freeflow.types import Configuration, Ensemble, Key, Move, Numeric, Scalar, ThermodynamicState, Transport
 
 # Share of the velocity that survives a refreshment; see docs/bridge.md for the measurement.
 _PERSISTENCE = math.sqrt(0.7)
@@ -38,12 +39,14 @@ _FIRST_STEP = 0.5
 class Schedule(NamedTuple):
     """How the bridge is crossed: segments of equally spaced stages with one step size each."""
 
-    lambdas: Float[Array, " n_segments+1"]  # from 0 to 1
-    step_sizes: Float[Array, " n_segments"]  # leapfrog steps in whitened coordinates
-    counts: Int[Array, " n_segments"]  # stages per segment
+    lambdas: Float[Numeric, " n_segments+1"]  # from 0 to 1
+    step_sizes: Float[Numeric, " n_segments"]  # time steps in whitened coordinates
+    counts: Int[Numeric, " n_segments"]  # stages per segment
 
 
 class BridgeParams(NamedTuple):
+    """Where a bridge starts and how it is crossed."""
+
     gaussian: Gaussian
     schedule: Schedule
 
@@ -63,10 +66,10 @@ class Walker(NamedTuple):
 class Segment(NamedTuple):
     """One piece of a schedule, in the direction of travel."""
 
-    start: Scalar
-    stop: Scalar
-    step_size: Scalar
-    count: Int[Array, ""]
+    start: Float[Numeric, "*segments"]  # a number, or one for each of a stack of segments
+    stop: Float[Numeric, "*segments"]
+    step_size: Float[Numeric, "*segments"]
+    count: Int[Numeric, "*segments"]
 
 
 @dataclass(frozen=True)

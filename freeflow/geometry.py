@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from freeflow.errors import InputError
 from freeflow.types import Crystal
@@ -120,7 +120,7 @@ class Translations(NamedTuple):
         inverse = np.linalg.inv(self.primitive)
         # Folding into [0, 1) must not put a site near 1 and its twin near 0 apart: the tree is periodic.
         fold = lambda x: np.where(x - np.floor(x) >= 1.0, 0.0, x - np.floor(x))  # noqa: E731
-        tree = cKDTree(fold(self.basis @ inverse), boxsize=1.0)
+        tree = KDTree(fold(self.basis @ inverse), boxsize=1.0)
         _, b = tree.query(fold(positions @ inverse))
         steps = (positions - self.basis[b]) @ inverse
         n = np.rint(steps)
@@ -128,7 +128,7 @@ class Translations(NamedTuple):
         if off.max() > tolerance:
             raise InputError(f"atom {int(off.argmax())} lies {off.max():.3g} away from the nearest site of its lattice")
         t = (n.astype(int) @ self.to_group) % self.group
-        return np.ravel_multi_index(tuple(t.T), tuple(self.group)), b
+        return np.asarray(np.ravel_multi_index(tuple(t.T), tuple(self.group))), np.asarray(b)
 
 
 # ------------------------------------------------------------------ neighbour tables
@@ -166,7 +166,7 @@ def neighbour_table(crystal: Crystal, radius: float) -> NeighbourTable:
         points=crystal.sites, box=crystal.cell, periodic=True, quantities="ijD"
     )
     # Bonds of the atoms of one primitive cell stand for all; of the two directions of a bond keep one.
-    translation, basis = _indices(crystal)
+    translation, basis = site_indices(crystal)
     kept = (translation[first] == 0) & _leading(separation)
     first, second, separation = first[kept], second[kept], separation[kept]
     order = np.lexsort((*np.round(separation, 6).T, basis[second], basis[first]))
@@ -215,7 +215,7 @@ def nearest_image_table(crystal: Crystal) -> NeighbourTable:
     )
 
 
-def _indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
+def site_indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
     """Translation and basis atom of every site."""
     translation, basis = (np.empty(crystal.n_atoms, int) for _ in range(2))
     grid = np.indices(crystal.site_of.shape)
@@ -226,7 +226,7 @@ def _indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
 def _shifted(group: tuple[int, int, int], by: int) -> np.ndarray:
     """Flat indices of all translations, each with translation `by` added."""
     steps = np.indices(group).reshape(3, -1).T + np.array(np.unravel_index(by, group))
-    return np.ravel_multi_index(tuple((steps % group).T), group)
+    return np.asarray(np.ravel_multi_index(tuple((steps % group).T), group))
 
 
 def _leading(vectors: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ _SKIN = 3.0
 # A bridge is made so slow that its work varies by no more than this [kT^2]: one-sided estimates
 # from a few hundred samples are sound up to about 1, and little is gained below the lower bound.
 _WORK_VARIANCE = (0.08, 1.0)
-_MIN_SAMPLES = 192
+_MIN_SAMPLES = 160
 _MIN_SAMPLES_DIRECT = 2048  # without a bridge a soft mode hides from fewer
 _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
 _SECOND_PILOT = (96, 1_000)  # stages, at least and at most
@@ -125,10 +125,10 @@ class Clock:
         return {"total": total, "compile": min(Clock._compiled - self._compiled_before, total), **self.laps}
 
     @classmethod
-    def count_compilation(cls, event: str, seconds: float, **_: Any) -> None:
+    def count_compilation(cls, event: str, duration_secs: float, **_: str | int) -> None:
         """Listener for JAX's own timings."""
         if event.startswith("/jax/core/compile/"):
-            cls._compiled += seconds
+            cls._compiled += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(Clock.count_compilation)
@@ -199,7 +199,7 @@ def _batch_size(n_atoms: int) -> int:
     """Samples that move together: enough to fill vector units, few enough for the cache."""
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
-    return int(np.clip(2 ** round(math.log2(2**14 / n_atoms)), 16, 128)) if n_atoms > 256 else (64 if n_atoms > 128 else 128)
+    return int(np.clip(2 ** round(math.log2(2**14 / n_atoms)), 16, 128))
 
 
 def _fit_reference(run: Run, report: Report) -> Fit:
@@ -233,7 +233,7 @@ def _tune(run: Run, gaussian: Gaussian, report: Report) -> tuple[Schedule, Pilot
     report(Progress("tuning", 0.0, "first trial crossing"))
     pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
     # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
-    slower = int(np.clip(bridges.thermodynamic_length(pilot) ** 2, *_SECOND_PILOT))
+    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *_SECOND_PILOT))
     pilot = run.sampler.pilot(
         gaussian,
         lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
@@ -363,7 +363,8 @@ class _Teller:
         self._planned = planned * self._per_sample
         if len(work.forward) > 1:
             error = float(estimator(work).std_error) / n_atoms
-            self._text = f"{len(work.forward)} of about {planned} samples, error {error:.1e} per atom, target {target:g}"
+            done = f"{len(work.forward)} of about {planned} samples"
+            self._text = f"{done}, error {error:.1e} per atom, target {target:g}"
         self.tick()
 
     def tick(self) -> None:
@@ -394,7 +395,7 @@ def _result(run: Run, fit: Fit, pilot: Pilot | None, samples: Samples, clock: Cl
     if lost > _LOST:
         reasons.insert(
             0,
-            f"in {lost:.0%} of the samples an atom left its site: the crystal melts or its atoms hop at this temperature",
+            f"in {lost:.0%} of the samples an atom left its site: the crystal melts or its atoms hop here",
         )
     elif lost > 0:
         run.warnings.append(f"in {lost:.2%} of the samples an atom left its site; they are not counted as this crystal")

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.errors import InputError, UnstableCrystalError
-from freeflow.types import Crystal, Ensemble, Key, Scalar, ThermodynamicState
+from freeflow.geometry import site_indices
+from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, ThermodynamicState
 
 # Below this many coordinates a dense matrix beats the FFT on CPU.
 _DENSE_COORDINATES = 400
@@ -33,9 +34,9 @@ _NEGLIGIBLE_GAIN = 0.02
 class Gaussian(NamedTuple):
     """Parameters of a Gaussian crystal; arrays, so that refitting compiles nothing anew."""
 
-    mean: Float[Array, "n_atoms 3"]  # displacement of the Gaussian's centre from the sites [length]
-    root: Array  # A: z to displacements, dense (3N, 3N) or per wave vector [length]
-    inverse_root: Array  # its inverse [1/length]
+    mean: Float[Numeric, "n_atoms 3"]  # displacement of the Gaussian's centre from the sites [length]
+    root: Numeric  # A: z to displacements, dense (3N, 3N) or per wave vector [length]
+    inverse_root: Numeric  # its inverse [1/length]
     log_det: Scalar  # ln det A on the centre-of-mass-free space
 
 
@@ -74,10 +75,10 @@ def gaussian_crystal(crystal: Crystal) -> GaussianCrystal:
     apply = _dense if _is_dense(crystal) else _circulant(crystal)
 
     def colour(parameters: Gaussian, z: Array) -> Array:
-        return apply(parameters.root, z) + parameters.mean.astype(z.dtype)
+        return apply(parameters.root, z) + jnp.asarray(parameters.mean).astype(z.dtype)
 
     def whiten(parameters: Gaussian, u: Array) -> Array:
-        return apply(parameters.inverse_root, u - parameters.mean.astype(u.dtype))
+        return apply(parameters.inverse_root, u - jnp.asarray(parameters.mean).astype(u.dtype))
 
     def colour_gradient(parameters: Gaussian, gradient: Array) -> Array:
         return apply(parameters.root, gradient)
@@ -93,20 +94,20 @@ def _is_dense(crystal: Crystal) -> bool:
     return 3 * crystal.n_atoms <= _DENSE_COORDINATES or len(crystal.site_of) == 1
 
 
-def _dense(matrix: Array, x: Array) -> Array:
-    return (matrix.astype(x.dtype) @ x.reshape(-1)).reshape(x.shape)
+def _dense(matrix: Numeric, x: Array) -> Array:
+    return (jnp.asarray(matrix).astype(x.dtype) @ x.reshape(-1)).reshape(x.shape)
 
 
-def _circulant(crystal: Crystal) -> Callable[[Array, Array], Array]:
+def _circulant(crystal: Crystal) -> Callable[[Numeric, Array], Array]:
     """Product with a block-circulant matrix given by its half spectrum (3b, 3b, m1, m2, m3//2+1)."""
     group, n_basis = crystal.group, crystal.site_of.shape[1]
     site_of = crystal.site_of.reshape(-1)
     place_of = np.argsort(site_of)
 
-    def apply(spectrum: Array, x: Array) -> Array:
+    def apply(spectrum: Numeric, x: Array) -> Array:
         grid = jnp.moveaxis(x[site_of].reshape(*group, 3 * n_basis), -1, 0)
         waves = jnp.fft.rfftn(grid, axes=(1, 2, 3))
-        factor = spectrum.astype(waves.dtype)
+        factor = jnp.asarray(spectrum).astype(waves.dtype)
         # A sum of elementwise products: matrices of 3 b rows are too small for a matrix product.
         mixed = sum(factor[:, k] * waves[k][None] for k in range(3 * n_basis))
         back = jnp.fft.irfftn(mixed, s=group, axes=(1, 2, 3))
@@ -116,12 +117,6 @@ def _circulant(crystal: Crystal) -> Callable[[Array, Array], Array]:
 
 
 # --------------------------------------------------------------------- precision matrices
-
-
-class Precision(NamedTuple):
-    """Block-circulant precision matrix: `blocks[a, t, b]` couples basis atom a of cell 0 to b of cell t."""
-
-    blocks: np.ndarray  # (n_basis, n_translations, n_basis, 3, 3) [1/length**2]
 
 
 class Instability(NamedTuple):
@@ -153,11 +148,8 @@ def _blocks(crystal: Crystal, spectrum: np.ndarray) -> np.ndarray:
 
 def symmetrised(crystal: Crystal, blocks: np.ndarray) -> np.ndarray:
     """Average of pair blocks (n_basis, n_translations, n_basis, 3, 3) over the crystal's point operations."""
-    n_translations, n_basis = crystal.site_of.shape
-    translation, basis = (np.empty(crystal.n_atoms, int) for _ in range(2))
-    grid = np.indices(crystal.site_of.shape)
-    translation[crystal.site_of], basis[crystal.site_of] = grid[0], grid[1]
-    steps = np.array(np.unravel_index(np.arange(n_translations), crystal.group)).T
+    translation, basis = site_indices(crystal)
+    steps = np.indices(crystal.group).reshape(3, -1).T
     total = np.zeros_like(blocks)
     for rotation, image in zip(crystal.operations, crystal.operation_sites, strict=True):
         first = image[crystal.site_of[0]]  # (b,): where the atoms of cell 0 go
@@ -197,7 +189,7 @@ def instability(crystal: Crystal, blocks: np.ndarray) -> Instability | None:
     if not soft.any():
         return None
     wave = np.unravel_index(int(np.argmin(values.min(axis=1))), crystal.group)
-    return Instability(int(soft.sum()), float(values.min() / scale), tuple(int(k) for k in wave))
+    return Instability(int(soft.sum()), float(values.min() / scale), (int(wave[0]), int(wave[1]), int(wave[2])))
 
 
 def root_mean_square(crystal: Crystal, blocks: np.ndarray) -> float:
@@ -243,7 +235,7 @@ def _factor(crystal: Crystal, matrices: np.ndarray) -> np.ndarray:
         grid = matrices.reshape(*crystal.group, rows, rows)[:, :, :half]
         return np.moveaxis(grid, (3, 4), (0, 1)).copy()
     blocks = _blocks(crystal, matrices)  # (b, t, b', 3, 3), relative to cell 0
-    n_translations, n_basis = crystal.site_of.shape
+    n_translations = len(crystal.site_of)
     steps = np.indices(crystal.group).reshape(3, -1).T
     dense = np.empty((crystal.n_atoms, 3, crystal.n_atoms, 3))
     for s in range(n_translations):

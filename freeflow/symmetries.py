@@ -18,11 +18,13 @@ def _operations(
     """Rotations and translations of a cell's space group, acting on fractional column vectors."""
     import spglib
 
-    numbers = np.unique(np.array(species), return_inverse=True)[1]
+    numbers = np.unique(np.array(species), return_inverse=True)[1].tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # spglib announces its next error handling
         try:
-            found = spglib.get_symmetry_dataset((cell, positions @ np.linalg.inv(cell), numbers), symprec=tolerance)
+            found = spglib.get_symmetry_dataset(
+                (cell.tolist(), (positions @ np.linalg.inv(cell)).tolist(), numbers), symprec=tolerance
+            )
         except spglib.error.SpglibError:
             found = None
     if found is None:  # not a crystal that spglib understands: the identity is always there
@@ -107,9 +109,7 @@ def crystal_symmetries(crystal: Crystal) -> tuple[Symmetry, ...]:
     """Random lattice translations and point operations, acting on displacements (n_atoms, 3)."""
     n_translations = len(crystal.site_of)
     steps = np.indices(crystal.group).reshape(3, -1).T
-    added = np.array(
-        [np.ravel_multi_index(tuple(((steps + step) % crystal.group).T), crystal.group) for step in steps]
-    )
+    added = np.array([np.ravel_multi_index(tuple(((steps + step) % crystal.group).T), crystal.group) for step in steps])
 
     def translate(key, x):
         to = jnp.asarray(added)[jax.random.randint(key, (), 0, n_translations)]

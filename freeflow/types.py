@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +21,13 @@ from freeflow.units import UnitStyle
 
 Configuration = Any  # any pytree of arrays; displacements (n_atoms, 3) for crystals
 Params = Any
-Scalar = Float[Array, ""]
+# Records are made of either: NumPy on the host, JAX inside transformations. Static checkers know no
+# type that stands for both and computes with both; the tests check it at run time.
+if TYPE_CHECKING:
+    Numeric = Any
+else:
+    Numeric = jax.Array | np.ndarray | np.generic
+Scalar = Float[Numeric, ""]
 Key = Array
 
 P = ParamSpec("P")
@@ -61,12 +67,12 @@ class ThermodynamicState(NamedTuple):
 class Work(NamedTuple):
     """Generalised work u_B(y) - u_A(x) - log_ratio [kT]; see DESIGN, section 1.
 
-    `reverse` is minus nothing: it is the work of the reverse process, B to A, with its own sign,
-    so that for a perfect transport forward = delta_f and reverse = -delta_f.
+    `reverse` is the work of the reverse process, B to A, with its own sign: for a perfect transport
+    forward = delta_f and reverse = -delta_f.
     """
 
-    forward: Float[Array, " n_forward"]  # samples of A carried to B
-    reverse: Float[Array, " n_reverse"]  # samples of B carried to A; may be empty
+    forward: Float[Numeric, " n_forward"]  # samples of A carried to B
+    reverse: Float[Numeric, " n_reverse"]  # samples of B carried to A; may be empty
 
 
 class Estimate(NamedTuple):
