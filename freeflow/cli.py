@@ -7,8 +7,10 @@ commands that need them, so that help and lists appear at once.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json as json_module
 import os
+import platform
 import sys
 import time
 import traceback
@@ -169,6 +171,9 @@ def validate(system: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    # Loading cached code, XLA warns at length about processor features that are no features
+    # ("prefer-no-gather"). What really goes wrong is raised, and shown.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -231,6 +236,16 @@ def _require_writable(path: str, system: str) -> None:
         raise InputError(f"--json: {error}") from None
 
 
+def _processor() -> str:
+    """A short name for this machine's kind of processor and its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine() or 'unknown'}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+
+
 def _cache_folder(wanted: bool | None, quiet: bool) -> Path | None:
     """Where compiled kernels are kept; None for nowhere."""
     place = os.environ.get("FREEFLOW_CACHE", "")
@@ -243,6 +258,8 @@ def _cache_folder(wanted: bool | None, quiet: bool) -> Path | None:
         import platformdirs
 
         folder = Path(platformdirs.user_cache_dir("freeflow", appauthor=False))
+    # Machine code of one processor may not run on another that shares the home folder.
+    folder /= _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

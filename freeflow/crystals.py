@@ -90,7 +90,8 @@ def structure_crystal(file: str | Path, repeats: tuple[int, int, int] = (1, 1, 1
     positions = np.array(atoms.positions, dtype=float)
     if not np.isfinite(cell).all() or not np.isfinite(positions).all():
         raise InputError(f"structure.file: {path} holds positions or cell vectors that are not finite numbers")
-    if abs(np.linalg.det(cell)) < 1e-9 or not all(atoms.pbc | (np.linalg.norm(cell, axis=1) > 0)):
+    # Some formats know a cell but not whether it repeats; one that says "not along c" means a slab.
+    if abs(np.linalg.det(cell)) < 1e-9 or (atoms.pbc.any() and not atoms.pbc.all()):
         raise InputError(f"structure.file: {path} has no periodic cell; a crystal needs three lattice vectors")
     species = tuple(atoms.get_chemical_symbols())
     if min(repeats) < 1:
@@ -138,8 +139,9 @@ def _repeated(
 def _refuse_coinciding(cell: np.ndarray, sites: np.ndarray, spacing: float) -> None:
     from vesin import NeighborList
 
-    (near,) = NeighborList(cutoff=0.05 * spacing, full_list=False).compute(
-        points=sites, box=cell, periodic=True, quantities="i"
+    # In units of the spacing: a density in the wrong unit must not reach the neighbour list's own limits.
+    (near,) = NeighborList(cutoff=0.05, full_list=False).compute(
+        points=sites / spacing, box=cell / spacing, periodic=True, quantities="i"
     )
     if len(near):
         raise InputError(f"structure: {len(near)} pairs of atoms (the first with atom {int(near[0])}) share one place")

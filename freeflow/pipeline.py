@@ -42,6 +42,7 @@ _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow cross
 _SECOND_PILOT = (96, 1_000)  # stages, at least and at most
 _MAX_STAGES = 50_000
 _SETTLE = 96  # stages that arrivals spend at the target before they return
+_MELTED = 0.1  # share of trial samples with an atom off its site at which a run is cut short
 _LOST = 0.01  # share of samples with an atom off its site above which there is no crystal to speak of
 
 
@@ -95,11 +96,11 @@ def estimate(
     with double_precision(), _sampler(system, plan) as run:
         fit = _fit_reference(run, report)
         clock.lap("reference")
-        schedule, pilot = _tune(run, fit.gaussian, report)
+        crossing = _tune(run, fit.gaussian, report)
         clock.lap("tuning")
-        samples = _sample_until(run, BridgeParams(fit.gaussian, schedule), report)
+        samples = _sample_until(run, fit.gaussian, crossing, report)
         clock.lap("sampling")
-        return _result(run, fit, pilot, samples, clock)
+        return _result(run, fit, samples, clock)
 
 
 class Clock:
@@ -225,11 +226,21 @@ def _fit_reference(run: Run, report: Report) -> Fit:
     )
 
 
-def _tune(run: Run, gaussian: Gaussian, report: Report) -> tuple[Schedule, Pilot | None]:
+class Crossings(NamedTuple):
+    """How samples are to be carried over."""
+
+    schedule: Schedule  # without segments: no bridge
+    pilot: Pilot | None
+    variance: float  # of the work, foreseen [kT^2]; infinite where the user chose the stages
+    max_samples: int
+
+
+def _tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
     """How many stages the bridge gets, where they lie and how large their steps are."""
     if run.plan.bridge is None:
         nothing = np.empty(0)
-        return Schedule(np.array([0.0]), nothing, nothing.astype(np.int32)), None
+        none = Schedule(np.array([0.0]), nothing, nothing.astype(np.int32))
+        return Crossings(none, None, math.inf, run.plan.max_samples)
     report(Progress("tuning", 0.0, "first trial crossing"))
     pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
     # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
@@ -239,14 +250,17 @@ def _tune(run: Run, gaussian: Gaussian, report: Report) -> tuple[Schedule, Pilot
         lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
         bridges.schedule_from(pilot, slower),
     )
-    if pilot.lost > _LOST:
-        run.warnings.append(f"in {pilot.lost:.0%} of the trial samples an atom left its site")
-    stages = run.plan.bridge if isinstance(run.plan.bridge, int) else _stages(run, pilot)
-    return bridges.schedule_from(pilot, stages), pilot
+    if isinstance(run.plan.bridge, int):
+        return Crossings(bridges.schedule_from(pilot, run.plan.bridge), pilot, math.inf, run.plan.max_samples)
+    if pilot.lost > _MELTED:  # no crystal: a few samples will say so as well as many
+        few = min(_MIN_SAMPLES, run.plan.max_samples)
+        return Crossings(bridges.schedule_from(pilot, int(pilot.counts.sum())), pilot, math.inf, few)
+    stages, variance = _stages(run, pilot)
+    return Crossings(bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
 
 
-def _stages(run: Run, pilot: Pilot) -> int:
-    """Stages that bring the target error with few enough samples: see docs/bridge.md.
+def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
+    """Stages that bring the target error with few enough samples, and the work's variance then.
 
     After K stages var(w) = 2 L^2 / K, and n samples have the squared error (exp(var) - 1) / n: the
     cost K n for a given error falls with K until n reaches the fewest samples that an error bar
@@ -255,7 +269,8 @@ def _stages(run: Run, pilot: Pilot) -> int:
     length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
     n = min(_MIN_SAMPLES, run.plan.max_samples)
     variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
-    return int(np.clip(math.ceil(2 * length2 / variance), 16, _MAX_STAGES))
+    stages = int(np.clip(math.ceil(2 * length2 / variance), 16, _MAX_STAGES))
+    return stages, 2 * length2 / stages
 
 
 # ------------------------------------------------------------------------- sampling
@@ -305,22 +320,27 @@ def _estimator(run: Run, samples: Samples) -> Estimator:
     return ESTIMATORS[run.plan.estimator]
 
 
-def _sample_until(run: Run, params: BridgeParams, report: Report) -> Samples:
+def _sample_until(run: Run, gaussian: Gaussian, crossing: Crossings, report: Report) -> Samples:
     """Batches of samples until the stopping rule is content, the limit is reached, or Ctrl-C."""
     plan, sampler = run.plan, run.sampler
-    fewest = _MIN_SAMPLES if len(params.schedule.counts) else _MIN_SAMPLES_DIRECT
-    rule = StoppingRule(run.target_error, plan.max_samples, min_samples=min(fewest, plan.max_samples))
-    samples, told = Samples(), _Teller(run, params.schedule, report)
+    fewest = _MIN_SAMPLES if len(crossing.schedule.counts) else _MIN_SAMPLES_DIRECT
+    limit = crossing.max_samples
+    rule = StoppingRule(run.target_error, limit, min_samples=min(fewest, limit))
+    samples, told, begun = Samples(), _Teller(run, crossing.schedule, report), 0
     settle = _SETTLE if plan.estimator == "bar" else 0
     while True:
+        if _too_fast(samples, crossing.variance):
+            crossing = _slower(run, crossing, samples)
+            samples, told = Samples(), _Teller(run, crossing.schedule, report)
         work = record(samples.forward, samples.reverse)
         estimator = _estimator(run, samples)
         more = rule.further(work, estimator)
         if more == 0:
             return samples
         told.look(work, estimator, rule.predicted_samples(work, estimator))
-        batches = range(len(samples.crossings), len(samples.crossings) + math.ceil(more / sampler.batch))
-        jobs = sampler.cross(params, batches, told.moved, settle)
+        batches = range(begun, begun + math.ceil(more / sampler.batch))
+        begun = batches.stop
+        jobs = sampler.cross(BridgeParams(gaussian, crossing.schedule), batches, told.moved, settle)
         try:
             while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
                 if any(job.done() and job.exception() for job in jobs):
@@ -334,6 +354,25 @@ def _sample_until(run: Run, params: BridgeParams, report: Report) -> Samples:
             samples.interrupted = True
             return samples
         samples.crossings += _arrived(jobs)
+
+
+def _too_fast(samples: Samples, foreseen: float) -> bool:
+    """Whether the first samples show a work that varies far more than the pilot let expect."""
+    work = samples.forward[np.isfinite(samples.forward)]
+    return len(work) > 2 and float(work.var()) > 2 * max(foreseen, _WORK_VARIANCE[0])
+
+
+def _slower(run: Run, crossing: Crossings, samples: Samples) -> Crossings:
+    """The same road with as many more stages as the samples ask for; they count as tuning."""
+    assert crossing.pilot is not None
+    work = samples.forward[np.isfinite(samples.forward)]
+    stages = math.ceil(int(crossing.schedule.counts.sum()) * float(work.var()) / crossing.variance)
+    spent = run.sampler.energy_evaluations
+    spent["tuning"] += spent["sampling"]
+    spent["sampling"] = 0
+    schedule = bridges.schedule_from(crossing.pilot, min(stages, _MAX_STAGES))
+    # Once is enough: what a slower bridge does not cure, more stages will not.
+    return crossing._replace(schedule=schedule, variance=math.inf)
 
 
 def _arrived(jobs: list[Future[Crossing | None]]) -> list[Crossing]:
@@ -375,7 +414,7 @@ class _Teller:
 # ------------------------------------------------------------------------- the answer
 
 
-def _result(run: Run, fit: Fit, pilot: Pilot | None, samples: Samples, clock: Clock) -> Result:
+def _result(run: Run, fit: Fit, samples: Samples, clock: Clock) -> Result:
     """Everything a user should know about the answer."""
     system, plan = run.system, run.plan
     work = record(samples.forward, samples.reverse)
@@ -383,6 +422,8 @@ def _result(run: Run, fit: Fit, pilot: Pilot | None, samples: Samples, clock: Cl
     answer = _estimator(run, samples)(work)
     diagnostics = diagnose(work, plan.estimator, inefficiency=inefficiency, seed=plan.seed)
     delta_f, error = float(answer.delta_f), float(answer.std_error)
+    if not math.isfinite(delta_f):  # no sample arrived: that is no answer, not an infinite one
+        delta_f = error = math.nan
     ensemble: Ensemble = run.recipe.ensemble(fit.gaussian)
     components = {
         "lattice energy": system.constants["lattice energy"],

@@ -333,7 +333,9 @@ def format_with_error(value: float, error: float) -> str:
     value, error = float(value), float(error)
     if error < 0:
         raise ValueError(f"a standard error cannot be negative, got {error}")
-    if not math.isfinite(value):
+    if math.isnan(value):
+        return "not estimable"
+    if math.isinf(value):
         return str(value)
     if not math.isfinite(error) or error == 0:
         return f"{value:.10g}({'?' if math.isnan(error) else f'{error:g}'})"
@@ -438,14 +440,15 @@ def _fixed(value: float, decimals: int) -> str:
 def _column(values: Mapping[str, float], error: float, with_error: set[str]) -> list[str]:
     """Numbers with as many decimals as the error allows, aligned at the point."""
     decimals = _decimals(error) if 1e-15 < error < 1e6 else 5
-    texts = {name: _fixed(value, decimals) for name, value in values.items()}
+    texts = {name: "?" if math.isnan(value) else _fixed(value, decimals) for name, value in values.items()}
     width = max(map(len, texts.values()))
     pads = {name: " " * (width - len(text)) for name, text in texts.items()}
     if 1e-15 < error < 1e6:
         ends = {name: format_with_error(values[name], error)[len(text) :] for name, text in texts.items()}
     else:
         ends = dict.fromkeys(texts, "(?)" if math.isnan(error) else f" +- {error:.1g}" if error else "")
-    return [pads[name] + text + (ends[name] if name in with_error else "") for name, text in texts.items()]
+    known = {name for name in with_error if not math.isnan(values[name])}
+    return [pads[name] + text + (ends[name] if name in known else "") for name, text in texts.items()]
 
 
 def _what(system: System) -> str:

@@ -91,6 +91,9 @@ def _gaussian_variance(work: jax.Array | np.ndarray) -> float:
     standard deviations above the median, judged by the half below it, is pulled in.
     """
     w = np.asarray(work)
+    w = w[np.isfinite(w)]  # infinite work has weight 0
+    if len(w) < 2:
+        return float("nan")
     deviation = w - np.median(w)
     spread = np.sqrt(2 * np.mean(np.minimum(deviation, 0.0) ** 2))
     return float(np.expm1(min(np.var(np.minimum(deviation, 3 * spread)), 700.0)))

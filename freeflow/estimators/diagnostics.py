@@ -152,6 +152,8 @@ def drift(work: Work, estimator: Estimator = fep) -> float:
         return math.nan
     first = estimator(record(f[: len(f) // 2], r[: len(r) // 2]))
     second = estimator(record(f[len(f) // 2 :], r[len(r) // 2 :]))
+    if not (np.isfinite(first.delta_f) and np.isfinite(second.delta_f)):
+        return float("nan")
     return _z(float(second.delta_f - first.delta_f), float(np.hypot(first.std_error, second.std_error)))
 
 
