@@ -171,7 +171,7 @@ def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") ->
         gaussian = params.gaussian
         move = forward_segment if forward else reverse_segment
         z0 = recipe.whiten(gaussian, x).astype(dtype)
-        walker = start = move(gaussian, key, at(z0, key), fetch_segment(forward), state)
+        walker = start = move(gaussian, key, at(z0, key), fetch_segment(), state)
 
         def body(walker, segment):
             return move(gaussian, key, walker, segment, state), None
@@ -195,10 +195,13 @@ def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") ->
     )
 
 
-def fetch_segment(forward: bool) -> Segment:
-    """A stage of step size zero: it moves nothing, and fetches energy and gradient."""
-    end = np.float64(0.0 if forward else 1.0)
-    return Segment(end, end, np.float64(0.0), np.int32(1))
+def fetch_segment() -> Segment:
+    """A stage of step size zero: it moves nothing, and fetches energy and gradient.
+
+    It stands at lambda = 0 whichever way the journey goes: there the energy that the walker does
+    not know yet has no say in whether the step is accepted.
+    """
+    return Segment(np.float64(0.0), np.float64(0.0), np.float64(0.0), np.int32(1))
 
 
 def segments_of(schedule: Schedule, forward: bool = True) -> Segment:

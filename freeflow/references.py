@@ -64,7 +64,7 @@ class GaussianCrystal:
         def sample(key: Key, state: ThermodynamicState) -> Array:
             return self.colour(parameters, self.noise(key, parameters.mean.dtype))
 
-        def log_partition(state: ThermodynamicState) -> Array:
+        def log_partition(state: ThermodynamicState) -> Scalar:
             return 1.5 * (self.crystal.n_atoms - 1) * math.log(2 * math.pi) + parameters.log_det
 
         return Ensemble(reduced_potential, sample, log_partition)
@@ -85,7 +85,7 @@ def gaussian_crystal(crystal: Crystal) -> GaussianCrystal:
 
     def noise(key: Key, dtype: Any) -> Array:
         z = jax.random.normal(key, (crystal.n_atoms, 3), dtype)
-        return z - jnp.mean(z, axis=0)
+        return z - jnp.mean(z, axis=0, keepdims=True)
 
     return GaussianCrystal(crystal, colour, whiten, colour_gradient, noise)
 

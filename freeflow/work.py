@@ -112,7 +112,7 @@ class BridgeSampler:
         else:
             move = self.bridge.forward_segment if name == "forward" else self.bridge.reverse_segment
             over_batch = jax.jit(jax.vmap(move, (None, 0, 0, None, None)), donate_argnums=2)
-            piece = over_batch.lower(like, keys, walker, bridges.fetch_segment(True), self.state)
+            piece = over_batch.lower(like, keys, walker, bridges.fetch_segment(), self.state)
         return piece.compile()
 
     def _exact(self, gaussian: Gaussian, walker: Walker) -> Array:
@@ -151,7 +151,7 @@ class BridgeSampler:
 
     def _launched(self, gaussian: Gaussian, keys: Array, purpose: str) -> Walker:
         """Samples of the reference, with energy and gradient."""
-        return self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(True), purpose)
+        return self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(), purpose)
 
     def evaluate(self, gaussian: Gaussian, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Target's reduced potential (n,) and its gradient (n, n_atoms, 3) with respect to white z.
@@ -162,7 +162,7 @@ class BridgeSampler:
 
         def one(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             walker = self._launch(keys)._replace(z=jax.numpy.asarray(part, self._launch_dtype))
-            walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(True), "reference")
+            walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(), "reference")
             return np.asarray(walker.u_b), np.asarray(walker.gradient, np.float64)
 
         parts = np.split(z, len(z) // self.batch)

