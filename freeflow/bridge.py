@@ -180,7 +180,8 @@ def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") ->
         y = recipe.colour(gaussian, walker.z.astype(jnp.float64))
         # heat = change of the bridge's own potential - work, at either end of lambda.
         change = walker.u_b - harmonic(z0) if forward else harmonic(walker.z) - start.u_b
-        return Move(y, change - walker.work)
+        # A sample that was switched into a wall did infinite work, wherever it is now.
+        return Move(y, jnp.where(jnp.isposinf(walker.work), -jnp.inf, change - walker.work))
 
     def init(key, x, state):
         raise NotImplementedError("a bridge's parameters come from bridge.tune")

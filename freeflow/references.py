@@ -185,7 +185,7 @@ def instability(crystal: Crystal, blocks: np.ndarray) -> Instability | None:
     values, _ = _decompose(crystal, _spectrum(crystal, blocks))
     finite = values[np.isfinite(values)]
     scale = np.abs(finite).mean() if finite.size else 1.0
-    soft = values < _STABILITY * scale
+    soft = values <= _STABILITY * scale
     if not soft.any():
         return None
     wave = np.unravel_index(int(np.argmin(values.min(axis=1))), crystal.group)

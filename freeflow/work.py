@@ -205,7 +205,10 @@ class BridgeSampler:
         end = Segment(np.float64(1), np.float64(1), np.asarray(params.schedule.step_sizes[-1]), np.int32(settle))
         walker = self._move("forward", gaussian, keys, walker, end, "sampling")
         on_segment(self.batch * settle)
+        # They settled under the bridge's kernel; the same weights as on arrival make them the target's.
         departure = self._correct(gaussian, walker)
+        again = systematic_resample(-departure, rng)
+        walker, parents, departure = jax.tree.map(lambda leaf: leaf[again], (walker, parents, departure))
         walker = self._walk("reverse", params, keys, walker._replace(work=jax.numpy.zeros(self.batch)), on_segment)
         if walker is None:
             return None

@@ -2,6 +2,9 @@
 
 import os
 
+# XLA reports processor features that are none at every load of cached code.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 import jax
 import jaxtyping
 import pytest

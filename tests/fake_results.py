@@ -76,5 +76,3 @@ def fake_result(system=None, **changes):
         "provenance": {"freeflow": "0.1.0", "jax": "0.10.1", "device": "cpu"},
     }
     return Result(**{**values, **changes})
-
-

@@ -119,7 +119,10 @@ def test_an_unstable_lattice_names_its_modes(run):
 # ------------------------------------------------------------------------------------ states of no crystal
 
 STRANGE = {
-    "no neighbours": {"crystal": "crystal: {lattice: fcc, repeats: [2, 2, 2], number_density: 1.0e-6}", "potential": STEADY},
+    "no neighbours": {
+        "crystal": "crystal: {lattice: fcc, repeats: [2, 2, 2], number_density: 1.0e-6}",
+        "potential": STEADY,
+    },
     "no forces": {"crystal": "crystal: {lattice: fcc, repeats: [2, 2, 2], number_density: 1.0e-6}"},
     "crushed": {"crystal": "crystal: {lattice: fcc, repeats: [2, 2, 2], number_density: 1.0e+3}"},
     "beyond numbers": {"crystal": "crystal: {lattice: fcc, repeats: [2, 2, 2], number_density: 1.0e+150}"},

@@ -5,6 +5,7 @@ check; this file makes about a hundred checks, so fresh seeds would fail it once
 """
 
 import functools
+import itertools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -280,8 +281,10 @@ def test_a_long_chain_obeys_the_virial_theorem():
     # <z . du/dz> = 3 N - 3 in any anharmonic well; the chain starts far from equilibrium.
     base = TOYS["coupled"]
     target = Ensemble(
-        lambda u, state: base.target.reduced_potential(u, state)
-        + jnp.sum(30.0 * jnp.sum(bonds(u) ** 2, axis=-1) ** 2, dtype="float64")
+        lambda u, state: (
+            base.target.reduced_potential(u, state)
+            + jnp.sum(30.0 * jnp.sum(bonds(u) ** 2, axis=-1) ** 2, dtype="float64")
+        )
     )
     toy, lam = base._replace(target=target), 0.7
     z = np.zeros((4_000, 4, 3))
@@ -479,7 +482,7 @@ def test_a_pace_crosses_from_zero_to_one_without_gaps():
     pace = Pace()
     segments = medium.cross(pace)
     assert segments[0].start == 0 and segments[-1].stop == 1
-    assert all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(segments))
     # A switch scatters the work by a quarter of kT: 5 kT takes about twenty switches, but none beyond 1/64.
     switches = [float(s.stop - s.start) / int(s.count) for s in segments[:-1]]
     assert max(switches) <= 1 / 64 + 1e-12

@@ -124,7 +124,7 @@ def test_another_seed_gives_other_numbers(default, variants):
 
 
 def test_progress_tells_phases_in_order(default):
-    result, reports = default
+    _, reports = default
     assert all(isinstance(report, pipeline.Progress) for report in reports)
     phases = list(dict.fromkeys(report.phase for report in reports))
     assert phases == ["reference", "tuning", "sampling"]
