@@ -10,7 +10,7 @@ import freeflow as ff
 from freeflow import pipeline
 from freeflow.work import BridgeSampler
 
-N_SLOW, N_FAST = 200, 12
+N_SLOW, N_FAST = 400, 12
 TARGET_ERROR = 0.004  # [kT per atom]
 
 
@@ -59,7 +59,7 @@ def estimates():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_error_bars_of_estimates_are_calibrated(estimates):
-    z, statuses = estimates(range(100, 100 + N_SLOW))
+    z, statuses = estimates(range(1000, 1000 + N_SLOW))
     covered, spread = int((np.abs(z) < 1.96).sum()), float(z.std())
     print(f"covered {covered / N_SLOW:.3f}, spread {spread:.3f}, mean {z.mean():+.3f}, max {np.abs(z).max():.2f}")
     assert 0.91 <= covered / N_SLOW <= 0.98

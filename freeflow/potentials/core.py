@@ -232,7 +232,8 @@ def _atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> np.
     """Energy (n_atoms,) that the kernel books on every atom of the perfect lattice."""
     with jax.ensure_compile_time_eval():
         rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
-        return np.asarray(jax.jit(_kernel(potential, table, "float64"))(rest)[0])[:, 0]
+        kernel = _kernel(potential, table, "float64")
+        return np.asarray(jax.jit(lambda u: kernel(u)[0])(rest))[:, 0]  # compiles no forces
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
