@@ -396,6 +396,9 @@ def _draw(
         arrived = _arrived(jobs)
         jobs.clear()
         samples.crossings += arrived
+        surplus = len(samples.forward) - limit
+        if surplus > 0:  # a batch is drawn whole, but the user's limit holds
+            samples.crossings[-1] = _shortened(samples.crossings[-1], surplus)
 
 
 def _too_fast(samples: Samples, foreseen: float) -> bool:
@@ -415,6 +418,12 @@ def _slower(run: Run, crossing: Crossings, samples: Samples) -> Crossings:
     schedule = bridges.schedule_from(crossing.pilot, min(stages, _MAX_STAGES))
     # Once is enough: what a slower bridge does not cure, more stages will not.
     return crossing._replace(schedule=schedule, variance=math.inf)
+
+
+def _shortened(crossing: Crossing, by: int) -> Crossing:
+    return crossing._replace(
+        forward=crossing.forward[:-by], reverse=crossing.reverse[:-by], parents=crossing.parents[:-by]
+    )
 
 
 def _arrived(jobs: list[Future[Crossing | None]]) -> list[Crossing]:
