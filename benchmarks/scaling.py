@@ -1,7 +1,7 @@
 """Cost per atom of one energy and force evaluation as crystals grow: flat, if the kernels are linear in N.
 
-Batched float32 kernels; the number of configurations at a time shrinks with N, so that every size works on about the
-same amount of memory (`--fixed-batch` keeps it). Times are CPU time of the process.
+Batched float32 kernels, with as many configurations at a time as an estimate takes (`--fixed-batch` sets it). Times are
+CPU time of the process.
 
     python benchmarks/scaling.py --help
 """
@@ -16,6 +16,7 @@ import numpy as np
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import neighbour_table
+from freeflow.pipeline import batch_size
 from freeflow.potentials import energy_and_gradient, lennard_jones, stillinger_weber
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}
@@ -31,7 +32,7 @@ def microseconds_per_atom(lattice, density, potential, repeats, batch, seconds) 
     crystal = lattice_crystal(lattice, (repeats,) * 3, number_density=density)
     table = neighbour_table(crystal, 1.1 * potential.cutoff)
     n = crystal.n_atoms
-    batch = max(1, batch(n))
+    batch = batch or batch_size(potential, n)
     u = np.random.default_rng(0).standard_normal((batch, n, 3)) * 0.04 * density ** (-1 / 3)
     u = jnp.asarray(u, jnp.float32)
     evaluate = jax.jit(jax.vmap(energy_and_gradient(potential, table, "float32")))
@@ -66,7 +67,7 @@ def main() -> None:
             rows.append(
                 microseconds_per_atom(
                     lattice, density, potential, repeats,
-                    lambda n: arguments.fixed_batch or 2 ** round(np.log2(2**15 / n)), arguments.seconds,
+                    arguments.fixed_batch, arguments.seconds,
                 )
             )  # fmt: skip
             print(f"{'':<16}{rows[-1][0]:>8}{rows[-1][1]:>10.4f}{rows[-1][2]:>10.1f}", flush=True)

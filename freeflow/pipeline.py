@@ -23,7 +23,7 @@ from freeflow.crystals import nearest_distance, target_ensemble
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability
 from freeflow.geometry import nearest_image_table, neighbour_table
-from freeflow.potentials import force_constants
+from freeflow.potentials import Potential, force_constants
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import Result, Status, provenance
 from freeflow.stopping import StoppingRule
@@ -190,7 +190,9 @@ def _sampler(system: System, plan: Plan) -> Iterator[Run]:
     precision = _precision(system, plan, run_warnings)
     cheap = target_ensemble(potential, near, precision)
     transport = bridges.bridge(recipe, cheap, precision)
-    sampler = BridgeSampler(recipe, transport, system.target, system.state, _batch_size(crystal.n_atoms), plan.seed)
+    sampler = BridgeSampler(
+        recipe, transport, system.target, system.state, batch_size(potential, crystal.n_atoms), plan.seed
+    )
     sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
     try:
         like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
@@ -214,11 +216,13 @@ def _precision(system: System, plan: Plan, warnings: list[str]) -> str:
     return "float64"
 
 
-def _batch_size(n_atoms: int) -> int:
+def batch_size(potential: Potential, n_atoms: int) -> int:
     """Samples that move together: enough to fill vector units, few enough for the cache."""
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
-    return int(np.clip(2 ** round(math.log2(2**14 / n_atoms)), 16, 128))
+    if potential.weight is None:
+        return 64  # pair kernels go through tiles of atoms, whatever their number
+    return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
 
 
 def _fit_reference(run: Run, report: Report) -> Fit:

@@ -7,7 +7,6 @@ vmap to the kernel, and a custom derivative uses the kernel's own gradient.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +40,19 @@ class Potential:
     cosine: float = 0.0  # c
 
 
+# Numbers per component that one tile of the pair kernel works on: a few such arrays fit in a core's cache.
+_TILE = 2**13
+
+
+class _Tile(NamedTuple):
+    """Atoms that the pair kernel finishes together; a leading axis stacks tiles."""
+
+    atoms: Any  # (n,)
+    partner: Any  # (n_slots, n)
+    offset: Any  # (n_slots, n, 3)
+    empty: Any  # (n_slots, n), or None
+
+
 class _Slots(NamedTuple):
     """A neighbour table as the kernel reads it."""
 
@@ -55,8 +67,73 @@ def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
     return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
 
 
-def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Callable[[Array], tuple[Array, Array]]:
-    """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch).
+Kernel = Callable[[Array], tuple[Array, Array]]
+
+
+def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+    """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch)."""
+    if potential.weight is None:
+        return _pair_kernel(potential, table, dtype)
+    return _triplet_kernel(potential, potential.weight, table, dtype)
+
+
+def _pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+    """Pair potentials, tile by tile of atoms.
+
+    A pair is evaluated from both of its ends: reading positions costs more than the few operations
+    of a pair energy, and an atom that owes nothing to others can be finished while its tile is in
+    the cache. The three components are fetched together, one row of 3 x batch numbers at a time.
+    """
+    n_atoms = table.partner.shape[1]
+    away = -np.take_along_axis(table.offset, table.source[:, :, None], axis=1)
+    partner = np.concatenate([table.partner, table.source]).astype(np.int32)
+    offset = np.concatenate([table.offset, away])
+    empty = None
+    if table.empty is not None:
+        empty = np.concatenate([table.empty, np.take_along_axis(table.empty, table.source, axis=1)])
+
+    def pairs(u: Array) -> tuple[Array, Array]:
+        batch = u.shape[2]
+        n_tiles = max(1, round(n_atoms * batch / _TILE))
+        size = -(-n_atoms // n_tiles)
+        # The last tile is filled up with its first atoms; what they give is cut off again.
+        atoms = (np.arange(n_tiles * size) % n_atoms).reshape(n_tiles, size)
+        tiles = _Tile(
+            atoms.astype(np.int32),
+            np.moveaxis(partner[:, atoms], 1, 0),
+            np.asarray(np.moveaxis(offset[:, atoms], 1, 0), dtype),
+            None if empty is None else np.moveaxis(empty[:, atoms], 1, 0),
+        )
+
+        def finish(tile: _Tile) -> tuple[Array, Array]:
+            here = u[tile.atoms]
+
+            def step(carry, slot):
+                energy, gradient = carry
+                partner, offset, empty = slot
+                d = offset[:, :, None] + u[partner] - here
+                if table.box is not None:
+                    box = np.asarray(table.box, dtype)[None, :, None]
+                    d = d - box * jnp.round(d / box)
+                r2 = d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1] + d[:, 2] * d[:, 2]
+                if empty is not None:
+                    r2 = jnp.where(empty[:, None], jnp.asarray(1e6 * table.radius**2, dtype), r2)
+                more, slope = _with_slope(potential.pair, r2)
+                return (energy + 0.5 * more, gradient - 2 * slope[:, None] * d), None
+
+            zero = jnp.zeros_like(here)
+            return jax.lax.scan(step, (zero[:, 0], zero), (tile.partner, tile.offset, tile.empty))[0]
+
+        if n_tiles == 1:
+            return finish(jax.tree.map(lambda leaf: leaf[0], tiles))
+        energy, gradient = jax.lax.map(finish, tiles)
+        return energy.reshape(-1, batch)[:n_atoms], gradient.reshape(-1, 3, batch)[:n_atoms]
+
+    return pairs
+
+
+def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any) -> Kernel:
+    """Pairs and bond moments, every pair evaluated once.
 
     Two habits make this fast under XLA on CPU, and are worth their looks. Every component is an
     array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. And what a
@@ -103,18 +180,7 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Callable
         (energy, totals, shares), _ = jax.lax.scan(step, (zero, none, none), slots)
         return energy, book(totals, shares, last)
 
-    def pairs(u: Array) -> tuple[Array, Array]:
-        x = [u[:, a] for a in range(3)]
-
-        def visit(slot):
-            d, r2 = bond(x, slot)
-            energy, slope = _with_slope(potential.pair, r2)
-            return energy, tuple(-2 * slope * d[a] for a in range(3))
-
-        energy, gradient = walk(visit, (-1, -1, -1), jnp.zeros_like(x[0]))
-        return energy, jnp.stack(gradient, axis=1)
-
-    def pairs_and_triplets(weight: RadialFn, u: Array) -> tuple[Array, Array]:
+    def pairs_and_triplets(u: Array) -> tuple[Array, Array]:
         x = [u[:, a] for a in range(3)]
         zero = jnp.zeros_like(x[0])
 
@@ -163,9 +229,7 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Callable
         _, gradient = walk(push, (-1, -1, -1), zero)
         return energy, jnp.stack(gradient, axis=1)
 
-    if potential.weight is None:
-        return pairs
-    return functools.partial(pairs_and_triplets, potential.weight)
+    return pairs_and_triplets
 
 
 EnergyAndGradient = Callable[[Float[Array, "n 3"]], tuple[Float[Array, ""], Float[Array, "n 3"]]]
