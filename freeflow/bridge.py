@@ -165,7 +165,7 @@ def bridge(recipe: GaussianCrystal, target: Ensemble, dtype: str = "float32") ->
         return Walker(z, velocity, zero, jnp.zeros_like(z), zero, zero, jnp.zeros((), jnp.int32))
 
     def launch(key: Key) -> Walker:
-        return at(recipe.noise(jax.random.fold_in(key, 2**32 - 2), dtype), key)
+        return at(recipe.launch(jax.random.fold_in(key, 2**32 - 2), dtype), key)
 
     def cross(params: BridgeParams, key: Key, x: Configuration, state: ThermodynamicState, forward: bool) -> Move:
         gaussian = params.gaussian

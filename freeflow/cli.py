@@ -11,6 +11,7 @@ import hashlib
 import json as json_module
 import os
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -26,7 +27,8 @@ from freeflow.errors import FreeflowError, InputError
 if TYPE_CHECKING:
     from freeflow.pipeline import Progress
     from freeflow.result import Result
-    from freeflow.types import System
+    from freeflow.training_run import TrainingResult
+    from freeflow.types import Plan, System
 
 LINE_EVERY_SECONDS = 10.0
 BROKEN_PIPE = 141  # what the shell reports for a process that SIGPIPE ended
@@ -64,6 +66,7 @@ class _Group(click.Group):
 Examples:
   freeflow systems
   freeflow estimate mw_cubic_64
+  freeflow train mw_cubic_64 -o runs/mw --max-minutes 5
   freeflow validate my_crystal.yaml
 
 Exit status: 0 the target error was reached; 2 bad input; 3 finished, but not reliable or the target
@@ -102,7 +105,7 @@ Examples:
 @click.option("--stages", type=_Stages(), help="Stages of the bridge; none for no bridge.")
 @click.option("--estimator", type=click.Choice(["fep", "bar"]), help="From forward work, or from forward and reverse.")
 @click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the energy kernels.")
-@click.option("--checkpoint", metavar="FILE", help="A learned flow (not available in this version).")
+@click.option("--checkpoint", metavar="FILE", help="A trained flow: a file, the folder of a run, or shipped.")
 @click.option("--json", "json_path", metavar="OUT", help="Write the result as JSON; - for stdout, without the table.")
 @click.option("--quiet", is_flag=True, help="Print one line: the value and the verdict.")
 @click.option("--cache/--no-cache", default=None, help="Keep compiled kernels between runs (the default).")
@@ -115,11 +118,11 @@ def estimate(
     says under `estimate`. Compiled kernels are kept in the user's cache folder; FREEFLOW_CACHE=DIR moves
     them, FREEFLOW_CACHE=off keeps none.
     """
-    if checkpoint is not None:
-        raise InputError("--checkpoint: learned flows are not available in this version")
     if json_path is not None and json_path != "-":
         _require_writable(json_path, system)
     problem = config.load(system)
+    if checkpoint is not None:
+        options["flow"] = {"checkpoint": checkpoint}
     plan = _revise(problem, options)
 
     from freeflow import pipeline
@@ -127,6 +130,66 @@ def estimate(
     pipeline.enable_compilation_cache(_cache_folder(cache, quiet))
     with _progress(quiet) as report:
         result = pipeline.estimate(problem, plan, report)
+    _print_result(result, json_path, quiet)
+    return result.exit_status
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  freeflow train mw_cubic_64 -o runs/mw --max-minutes 5
+  freeflow train mw_cubic_64 -o runs/mw --resume
+  freeflow train my_crystal.yaml -o runs/mine --architecture atomic_solids --max-steps 5000
+  freeflow estimate mw_cubic_64 --checkpoint runs/mw
+
+Exit status: 0 trained, or paused at a limit; 2 bad input; 3 trained, but for the worse; 130 interrupted, with
+a checkpoint that --resume goes on from.""",
+)
+@click.argument("system")
+@click.option("-o", "--output", "run_dir", metavar="RUN_DIR", required=True, help="Folder for checkpoint and metrics.")
+@click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, with its own settings.")
+@click.option("--max-minutes", type=float, help="Train for this long; the schedule is made to fit.")
+@click.option("--max-steps", type=int, help="Train for this many steps (2000 if no limit is given).")
+@click.option("--architecture", type=click.Choice(["residual", "atomic_solids"]), help="Kind of flow.")
+@click.option("--batch-size", type=int, help="Samples per step.")
+@click.option("--learning-rate", type=float, help="At its highest.")
+@click.option("--seed", type=int, help="Seed of the random numbers.")
+@click.option("--json", "json_path", metavar="OUT", help="Write the outcome as JSON; - for stdout, without the table.")
+@click.option("--quiet", is_flag=True, help="Print one line: the bound on the free energy and how training ended.")
+@click.option("--cache/--no-cache", default=None, help="Keep compiled kernels between runs (the default).")
+def train(
+    system: str,
+    run_dir: str,
+    resume: bool,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+    **options: Any,
+) -> int:
+    """Train a flow for SYSTEM: a system.yaml, or the name of a shipped system.
+
+    Needs the potential alone, no data. Every evaluation of the flow is a line of RUN_DIR/metrics.jsonl:
+    an upper bound of beta F per atom, and the effective sample size. RUN_DIR/checkpoint.safetensors is kept
+    up to date, so that a run that was cut off can go on with --resume; then --max-minutes and
+    --max-steps only say where to pause.
+    """
+    if json_path is not None and json_path != "-":
+        _require_writable(json_path, system)
+    problem = config.load(system)
+    given = {name: value for name, value in options.items() if value is not None}
+    plan = _training_plan(problem, given)
+
+    from freeflow import pipeline, training_run
+
+    pipeline.enable_compilation_cache(_cache_folder(cache, quiet))
+    try:
+        with _progress(quiet) as report:
+            result = training_run.train(
+                problem, run_dir, plan, report, resume=resume, given=given, command=_command_line()
+            )
+    except KeyboardInterrupt:
+        _say("freeflow: interrupted before training began")
+        return INTERRUPTED
     _print_result(result, json_path, quiet)
     return result.exit_status
 
@@ -206,16 +269,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --------------------------------------------------------------------------- what goes in
 
 
-def _revise(system: System, options: dict[str, Any]) -> Any:
+def _revise(system: System, options: dict[str, Any]) -> Plan:
     changes = {name: value for name, value in options.items() if value is not None}
     if "stages" in changes:
         stages = changes.pop("stages")
         changes["bridge"] = None if stages == "none" else stages
+    return _checked(system.plan, changes)
+
+
+def _training_plan(system: System, given: dict[str, Any]) -> Plan:
+    """The system's plan, with the options in the place of what it says about flow and seed."""
+    changes = dict(given)
+    seed = {"seed": changes.pop("seed")} if "seed" in changes else {}
+    architecture = changes.pop("architecture", None)
+    flow = system.plan.flow
+    if flow is not None and flow.checkpoint is not None and architecture is None:
+        raise InputError("estimate.flow: it names a checkpoint; say with --architecture what to train")
+    values: dict[str, Any] = {"architecture": "residual"} if flow is None else flow.values()
+    if architecture is not None and architecture != values.get("architecture"):
+        values = {"architecture": architecture, "training": values.get("training", {})}
+    values["training"] = {**values.get("training", {}), **changes}
+    return _checked(system.plan, {"flow": values, **seed})
+
+
+def _checked(plan: Plan, changes: dict[str, Any]) -> Plan:
     try:
-        return config.revise(system.plan, **changes)
+        return config.revise(plan, **changes)
     except InputError as error:
         key, _, message = str(error).partition(": ")
-        raise InputError(f"--{key.removeprefix('bridge.').replace('_', '-')}: {message}") from None
+        raise InputError(f"--{key.rpartition('.')[2].replace('_', '-')}: {message}") from None
+
+
+def _command_line() -> str:
+    return shlex.join(["freeflow", *sys.argv[1:]])
 
 
 def _no_such_option(error: click.NoSuchOption) -> str:
@@ -317,7 +403,7 @@ def _done(progress: Any) -> str:
     return "" if progress.fraction is None else f"{100 * progress.fraction:.0f} %, "
 
 
-def _print_result(result: Result, json_path: str | None, quiet: bool) -> None:
+def _print_result(result: Result | TrainingResult, json_path: str | None, quiet: bool) -> None:
     if json_path == "-":
         _print(result.json_text().rstrip("\n"))
         return

@@ -18,8 +18,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
+    PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -30,7 +33,7 @@ from freeflow.units import UNIT_STYLES, UnitStyle, unit_style
 
 if TYPE_CHECKING:
     from freeflow.potentials import Potential
-    from freeflow.types import Crystal, Plan, Published, System
+    from freeflow.types import Crystal, FlowPlan, Plan, Published, System, TrainingPlan
 
 MAX_FILE_BYTES = 1_000_000
 MAX_CELLS = 100_000
@@ -94,11 +97,6 @@ def _stages(value: Any) -> int | str:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1_000_000):
         return value
     raise _wrong(f"expected auto or a whole number from 1 to 1000000, got {_show(value)}")
-
-
-def _no_flow(value: Any) -> None:
-    if value is not None:
-        raise _wrong("learned flows are not available in this version; leave it out or write null")
 
 
 def _line_of_text(value: str) -> str:
@@ -232,11 +230,98 @@ class BridgeSection(Section):
     stages: Annotated[int | str, BeforeValidator(_stages)] = "auto"
 
 
+class TrainingSection(Section):
+    """How to train a flow; where neither steps nor minutes are given there are 2000 steps."""
+
+    loss: Literal["path_gradient", "reverse_kl"] = "path_gradient"
+    max_steps: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_minutes: float | None = Field(default=None, gt=0, le=10**6, description="compilation included")
+    batch_size: int = Field(default=32, ge=1, le=10**6)
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    clip: float = Field(default=4.0, gt=0, description="longest gradient, in units of its usual norm")
+    average: float = Field(default=0.99, ge=0, lt=1, description="decay of the running average of parameters")
+    min_gain: float = Field(default=0.01, ge=0, description="[kT] per third of the run; less is a plateau")
+
+    def plan(self) -> TrainingPlan:
+        """The same as the record that the trainer takes."""
+        from freeflow.types import TrainingPlan
+
+        return TrainingPlan(**self.model_dump())
+
+
+class StoredFlowSection(Section):
+    """A flow that was trained before."""
+
+    checkpoint: Text = Field(description="file or folder of a run, from the system file's folder; or shipped")
+
+    def plan(self, folder: Path) -> FlowPlan:
+        """The same as the record that the pipeline takes."""
+        from freeflow.types import FlowPlan
+
+        path = self.checkpoint
+        return FlowPlan(checkpoint=path if path == "shipped" else str((folder / path).absolute()))
+
+
+class _TrainedFlowSection(Section):
+    training: TrainingSection = TrainingSection()
+
+    def plan(self, folder: Path) -> FlowPlan:
+        """The same as the record that the pipeline takes; options that were not given are left to the builder."""
+        from freeflow.types import FlowPlan
+
+        values = self.model_dump(exclude={"architecture", "training"}, exclude_none=True)
+        architecture: str = self.architecture  # pyright: ignore[reportAttributeAccessIssue]
+        return FlowPlan(architecture=architecture, options=values, training=self.training.plan())
+
+
+class ResidualSection(_TrainedFlowSection):
+    """Couplings of the sites of a crystal, by colours; see freeflow.flows.residual for the defaults."""
+
+    architecture: Literal["residual"]
+    n_sweeps: PositiveInt | None = None
+    width: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    colour_distance: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
+    reach: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
+    scale: PositiveFloat | None = Field(default=None, description="[length]")
+
+
+class AtomicSolidsSection(_TrainedFlowSection):
+    """Circular splines of fractional coordinates; see freeflow.flows.atomic_solids for the defaults."""
+
+    architecture: Literal["atomic_solids"]
+    n_layers: PositiveInt | None = None
+    n_blocks: PositiveInt | None = None
+    width: PositiveInt | None = None
+    n_heads: PositiveInt | None = None
+    n_bins: PositiveInt | None = None
+    n_frequencies: PositiveInt | None = None
+    stddev: PositiveFloat | None = Field(default=None, description="[length]")
+
+
+def _kind_of_flow(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return "checkpoint" if "checkpoint" in value else _text_or_none(value.get("architecture"))
+    return getattr(value, "architecture", "checkpoint" if isinstance(value, StoredFlowSection) else None)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+FlowSection = Annotated[
+    Annotated[StoredFlowSection, Tag("checkpoint")]
+    | Annotated[ResidualSection, Tag("residual")]
+    | Annotated[AtomicSolidsSection, Tag("atomic_solids")],
+    Discriminator(_kind_of_flow),
+]
+
+
 class EstimateSection(Section):
     """How to estimate."""
 
     reference: Literal["einstein", "harmonic", "self_consistent"] = "self_consistent"
-    flow: Annotated[None, BeforeValidator(_no_flow)] = None
+    flow: FlowSection | None = None
     bridge: BridgeSection | None = BridgeSection()
     estimator: Literal["fep", "bar"] = "fep"
     target_error: float = Field(default=1e-4, gt=0, description="one standard error [kT per atom]")
@@ -244,12 +329,12 @@ class EstimateSection(Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     precision: Literal["float32", "float64"] = "float32"
 
-    def plan(self) -> Plan:
-        """The same as the record that the pipeline takes."""
+    def plan(self, folder: Path = Path()) -> Plan:
+        """The same as the record that the pipeline takes; relative paths start at `folder`."""
         from freeflow.types import Plan
 
         values = self.model_dump(exclude={"flow", "bridge"})
-        return Plan(bridge=self.bridge and self.bridge.stages, **values)
+        return Plan(bridge=self.bridge and self.bridge.stages, flow=self.flow and self.flow.plan(folder), **values)
 
 
 class PublishedSection(Section):
@@ -310,6 +395,9 @@ class SystemSection(Section):
         small_box = values["potential"].pop("nearest_image_only")
         values["potential"] |= {**self.potential.parameters(), "nearest_image_only": small_box}
         values["estimate"] = self.estimate.model_dump(mode="json", by_alias=True)
+        flow = values["estimate"]["flow"] or {}
+        for option in [name for name, value in flow.items() if value is None]:
+            del flow[option]
         return {key: values[key] for key in type(self).model_fields if key in values}
 
 
@@ -319,12 +407,18 @@ _SECTIONS: dict[tuple[str, ...], type[Section]] = {
     ("structure",): StructureSection,
     ("estimate",): EstimateSection,
     ("estimate", "bridge"): BridgeSection,
+    ("estimate", "flow", "training"): TrainingSection,
     ("published",): PublishedSection,
 }
 _POTENTIALS: dict[str, type[_PotentialSection]] = {
     "lennard_jones": LennardJones,
     "stillinger_weber": StillingerWeber,
     "wca": WeeksChandlerAndersen,
+}
+_FLOWS: dict[str, type[Section]] = {
+    "checkpoint": StoredFlowSection,
+    "residual": ResidualSection,
+    "atomic_solids": AtomicSolidsSection,
 }
 
 
@@ -353,7 +447,7 @@ def load(source: str | Path | Mapping[str, Any]) -> System:
             temperature=section.temperature,
             thermal_wavelength=section.resolved_wavelength,
             nearest_image_only=section.potential.nearest_image_only,
-            plan=section.estimate.plan(),
+            plan=section.estimate.plan(folder),
             published=section.published and section.published.record(),
             config=_with_absolute_paths(section.resolved(), folder),
         )
@@ -383,9 +477,12 @@ def revise(plan: Plan, **changes: Any) -> Plan:
     Raises:
         InputError: If there is no such value or it is impossible; the message starts with its name.
     """
+    from freeflow.types import FlowPlan
+
     values = {**vars(plan), **changes}
-    bridge = values.pop("bridge")
+    bridge, flow = values.pop("bridge"), values.pop("flow")
     values["bridge"] = None if bridge is None else {"stages": bridge}
+    values["flow"] = flow.values() if isinstance(flow, FlowPlan) else flow
     return _validate(EstimateSection, values, "", {}, ("estimate",)).plan()
 
 
@@ -449,6 +546,9 @@ def _crystal(section: SystemSection, folder: Path) -> Crystal:
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "structure" in values:
         values["structure"]["file"] = str((folder / values["structure"]["file"]).absolute())
+    flow = values["estimate"]["flow"] or {}
+    if flow.get("checkpoint", "shipped") != "shipped":
+        flow["checkpoint"] = str((folder / flow["checkpoint"]).absolute())
     return values
 
 
@@ -649,7 +749,7 @@ def _line(path: KeyPath, lines: Mapping[KeyPath, int]) -> int:
 
 def _problem(details: ErrorDetails, data: Any, prefix: tuple[str, ...]) -> _Problem:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
-    path = _path(details["loc"], data)
+    path = _path(details["loc"], data, prefix)
     if kind == "extra_forbidden":
         return _unknown_key(path, data, prefix)
     if kind == "missing":
@@ -657,6 +757,8 @@ def _problem(details: ErrorDetails, data: Any, prefix: tuple[str, ...]) -> _Prob
             styles = ", ".join(f"{name} ({_describe(name)})" for name in UNIT_STYLES)
             return _Problem(path, f"missing; choose {styles}")
         return _Problem(path, "missing")
+    if kind in {"union_tag_not_found", "union_tag_invalid"} and (*prefix, *path) == ("estimate", "flow"):
+        return _wrong_flow(path, value)
     if kind in {"union_tag_not_found", "union_tag_invalid"}:
         given = value.get("kind") if isinstance(value, Mapping) else None
         known = list(_POTENTIALS)
@@ -691,16 +793,34 @@ def _plain_words(kind: str, context: Mapping[str, Any]) -> str | None:
     return words[kind].format(**bounds) if kind in words else None
 
 
-def _path(location: tuple[str | int, ...], data: Any) -> KeyPath:
-    """Pydantic's location without the name of the union member that it puts behind `potential`."""
-    if location[:1] == ("potential",) and len(location) > 1 and location[1] in _POTENTIALS:
-        location = (location[0], *location[2:])
+def _wrong_flow(path: KeyPath, value: Any) -> _Problem:
+    known = [name for name in _FLOWS if name != "checkpoint"]
+    if not isinstance(value, Mapping):
+        return _Problem(path, f"expected a section with the keys checkpoint, or architecture, ..., got {_show(value)}")
+    if "architecture" in value:
+        given = value["architecture"]
+        return _Problem((*path, "architecture"), f"unknown value {_show(given)}; {suggest(str(given), known)}")
+    near = next((key for key in value if nearest(str(key), ["checkpoint", "architecture"])), None)
+    if near is not None:
+        hint = suggest(str(near), ["checkpoint", "architecture"])
+        return _Problem((*path, near), f"unknown key; {hint}")
+    return _Problem(path, f"give checkpoint (a trained flow) or architecture ({', '.join(known)})")
+
+
+def _path(location: tuple[str | int, ...], data: Any, prefix: tuple[str, ...] = ()) -> KeyPath:
+    """Pydantic's location without the names of union members that it puts behind `potential` and `flow`."""
+    for union, members in ((("potential",), _POTENTIALS), (("estimate", "flow"), _FLOWS)):
+        at = len(union) - len(prefix)
+        if (*prefix, *location)[: len(union)] == union and len(location) > at and location[at] in members:
+            location = (*location[:at], *location[at + 1 :])
     return location
 
 
 def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...]) -> _Problem:
     *parents, key = path
     section = (*prefix, *parents)
+    if section == ("estimate", "flow") and key == "architecture":
+        return _Problem(path, "give checkpoint or architecture, not both")
     valid = _keys(_section(section, data))
     homes = [".".join(home) for home, model in _SECTIONS.items() if home != section and str(key) in _keys(model)]
     if homes and nearest(str(key), valid) is None:
@@ -713,6 +833,10 @@ def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...]) -> _Problem:
 def _section(path: KeyPath, data: Any) -> type[Section]:
     if path == ("potential",):
         return _POTENTIALS[data["potential"]["kind"]]
+    if path == ("estimate", "flow"):
+        inner = data.get("estimate")
+        flow = inner["flow"] if isinstance(inner, Mapping) and "flow" in inner else data["flow"]
+        return _FLOWS[_kind_of_flow(flow) or "checkpoint"]
     return _SECTIONS[tuple(str(key) for key in path)]
 
 

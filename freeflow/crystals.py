@@ -18,6 +18,7 @@ from freeflow.geometry import (
     Translations,
     face_distances,
     nearest_image_table,
+    nearest_neighbour_distance,
     neighbour_table,
     smith_form,
 )
@@ -198,7 +199,7 @@ def crystal_system(
         )
     else:
         table = neighbour_table(crystal, 1.0001 * potential.cutoff)
-    spacing = nearest_distance(table)
+    spacing = nearest_neighbour_distance(crystal)
     # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
     wide = table if nearest_image_only else neighbour_table(crystal, potential.cutoff + spacing)
     beta = 1.0 / (units.boltzmann * temperature)
@@ -226,11 +227,6 @@ def crystal_system(
         published=published,
         config=config or {},
     )
-
-
-def nearest_distance(table: NeighbourTable) -> float:
-    """Shortest distance between two sites [length]."""
-    return float(np.linalg.norm(table.offset, axis=-1).min())
 
 
 def target_ensemble(

@@ -215,6 +215,13 @@ def nearest_image_table(crystal: Crystal) -> NeighbourTable:
     )
 
 
+def nearest_neighbour_distance(crystal: Crystal) -> float:
+    """Shortest distance between two sites, periodic images included [length]."""
+    # No packing of spheres is denser than fcc: some pair is closer than 2^(1/6) (V/N)^(1/3).
+    table = neighbour_table(crystal, 1.2 * (crystal.volume / crystal.n_atoms) ** (1 / 3))
+    return float(np.linalg.norm(table.offset, axis=-1).min())
+
+
 def site_indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
     """Translation and basis atom of every site."""
     translation, basis = (np.empty(crystal.n_atoms, int) for _ in range(2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +16,19 @@ import jax
 import numpy as np
 
 from freeflow import bridge as bridges
-from freeflow import references
+from freeflow import checkpoints, references, training
 from freeflow.bridge import BridgeParams, Pilot, Schedule
 from freeflow.config import load, revise
-from freeflow.crystals import nearest_distance, target_ensemble
+from freeflow.crystals import target_ensemble
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability
-from freeflow.geometry import nearest_image_table, neighbour_table
+from freeflow.flows import Flow, pulled_back
+from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, neighbour_table
 from freeflow.potentials import Potential, force_constants
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import Result, Status, provenance
 from freeflow.stopping import StoppingRule
-from freeflow.types import Ensemble, Plan, System, double_precision
+from freeflow.types import Ensemble, Params, Plan, System, double_precision
 from freeflow.work import BridgeSampler, Crossing
 
 # The kernel that crosses the bridge sees pairs up to the cutoff plus so many standard deviations
@@ -42,6 +43,8 @@ _MIN_SAMPLES, _MIN_SAMPLES_SMALL = 160, 1024
 _SAMPLES_TIMES_ATOMS = 2**16
 _FEWEST_STAGES = 32
 _MIN_SAMPLES_DIRECT = 2048  # without a bridge a soft mode hides from fewer
+_TRIAL_SAMPLES = 512  # of a flow; a bridge follows unless their work varies by less than this [kT^2]
+_WORK_VARIANCE_DIRECT = 0.7
 _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
 _SECOND_PILOT = (96, 1_000)  # stages, at least and at most
 _MAX_STAGES = 50_000
@@ -98,7 +101,15 @@ def estimate(
         raise InputError("estimate.estimator: bar needs samples of the target; give it a bridge, or use fep")
     report = progress or (lambda _: None)
     clock = Clock()
-    with double_precision(), _sampler(system, plan) as run:
+    with double_precision():
+        flow = _flow(system, plan, report)
+        if flow is not None:
+            clock.lap("flow")
+        return _estimate(system, plan, flow, report, clock)
+
+
+def _estimate(system: System, plan: Plan, flow: LearnedFlow | None, report: Report, clock: Clock) -> Result:
+    with _sampler(system, plan, flow) as run:
         fit = _fit_reference(run, report)
         clock.lap("reference")
         crossing = _tune(run, fit.gaussian, report)
@@ -143,6 +154,52 @@ jax.monitoring.register_event_duration_secs_listener(Clock.count_compilation)
 # ------------------------------------------------------------------------- setting up
 
 
+class LearnedFlow(NamedTuple):
+    """A flow with its parameters, and what it cost to have it here."""
+
+    flow: Flow
+    params: Params
+    energy_evaluations: Mapping[str, int]  # reference, training
+
+
+def fit_gaussian(system: System, plan: Plan, report: Report) -> Fit:
+    """The plan's reference for the bare crystal; to be called in double precision."""
+    with _sampler(system, replace(plan, estimator="fep", flow=None)) as run:
+        fit = _fit_reference(run, report)
+        return fit._replace(energy_evaluations=run.sampler.energy_evaluations["reference"])
+
+
+def _flow(system: System, plan: Plan, report: Report) -> LearnedFlow | None:
+    """The plan's flow, from its checkpoint or trained here and now."""
+    if plan.flow is None:
+        return None
+    spent = {"reference": 0}
+
+    def gaussian() -> Gaussian:
+        fit = fit_gaussian(system, plan, report)
+        spent["reference"] += fit.energy_evaluations
+        return fit.gaussian
+
+    report(Progress("flow", None, "loading"))
+    if plan.flow.checkpoint is not None:
+        flow, params = checkpoints.load_flow(system, plan.flow.checkpoint, gaussian)
+        return LearnedFlow(flow, params, spent)
+    flow = checkpoints.build_flow(system, plan.flow.architecture or "", plan.flow.options, gaussian)
+    settings = plan.flow.training
+
+    def tell(session: training.Session) -> None:
+        last, step, horizon = session.metrics[-1], int(session.state.step), int(session.state.horizon)
+        bound = last["bound_per_atom"]
+        text = f"step {step} of {horizon}, ESS {100 * last['ess_fraction']:.3g} %"
+        text += "" if bound is None else f", beta F below {bound:.5f} per atom"
+        report(Progress("training", step / horizon, text))
+
+    report(Progress("training", None, "compiling"))
+    session = training.train_flow(flow, system, settings, plan.seed, tell)
+    spent["training"] = training.energy_evaluations(session, settings)
+    return LearnedFlow(flow, session.state.average, spent)
+
+
 @dataclass
 class Run:
     """What the phases of one estimate share."""
@@ -152,6 +209,7 @@ class Run:
     recipe: GaussianCrystal
     sampler: BridgeSampler
     blocks: np.ndarray  # harmonic precision
+    flow: LearnedFlow | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -161,10 +219,14 @@ class Run:
 
 
 @contextmanager
-def _sampler(system: System, plan: Plan) -> Iterator[Run]:
+def _sampler(system: System, plan: Plan, learned: LearnedFlow | None = None) -> Iterator[Run]:
     """Tables, kernels and compiled pieces for a system; threads end with the context."""
     crystal, potential, beta = system.crystal, system.potential, float(system.state.beta)
-    recipe = references.gaussian_crystal(crystal)
+    recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
+
+    def seen(target: Ensemble) -> Ensemble:
+        return target if learned is None else pulled_back(learned.flow, learned.params, target)
+
     if system.nearest_image_only:
         near = nearest_image_table(crystal)
     else:
@@ -186,22 +248,28 @@ def _sampler(system: System, plan: Plan) -> Iterator[Run]:
         )
     if not system.nearest_image_only:
         swing = math.sqrt(2.0) * references.root_mean_square(crystal, blocks)
-        near = neighbour_table(crystal, potential.cutoff + min(_SKIN * swing, nearest_distance(near)))
+        near = neighbour_table(crystal, potential.cutoff + min(_SKIN * swing, nearest_neighbour_distance(crystal)))
     precision = _precision(system, plan, run_warnings)
+    if learned is not None and not learned.flow.transferable and not system.nearest_image_only:
+        near = neighbour_table(
+            crystal, potential.cutoff + nearest_neighbour_distance(crystal)
+        )  # its reference is a wide one
     cheap = target_ensemble(potential, near, precision)
-    transport = bridges.bridge(recipe, cheap, precision)
-    sampler = BridgeSampler(
-        recipe, transport, system.target, system.state, batch_size(potential, crystal.n_atoms), plan.seed
-    )
+    transport = bridges.bridge(recipe, seen(cheap), precision)
+    batch = batch_size(potential, crystal.n_atoms)
+    sampler = BridgeSampler(recipe, transport, seen(system.target), system.state, batch, plan.seed)
     sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
     try:
-        like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
-        if plan.bridge is not None or plan.reference != "harmonic":
+        if learned is None:
+            like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
+        else:
+            like = learned.flow.gaussian
+        if plan.bridge is not None or (learned is None and plan.reference != "harmonic"):
             sampler.compile("forward", like)
         sampler.compile("exact", like)
         if plan.estimator == "bar":
             sampler.compile("reverse", like)
-        yield Run(system, plan, recipe, sampler, blocks, run_warnings)
+        yield Run(system, plan, recipe, sampler, blocks, learned, run_warnings)
     finally:
         sampler.close()
 
@@ -228,6 +296,9 @@ def batch_size(potential: Potential, n_atoms: int) -> int:
 def _fit_reference(run: Run, report: Report) -> Fit:
     """The plan's reference ensemble."""
     crystal, plan = run.system.crystal, run.plan
+    if run.flow is not None:
+        run.sampler.energy_evaluations.update(run.flow.energy_evaluations)
+        return Fit(run.flow.flow.gaussian, 0, math.nan, 0)
     if plan.reference == "harmonic":
         return Fit(references.gaussian_from_blocks(crystal, run.blocks), 0, math.nan, 0)
     constants = -run.system.log_prefactor / crystal.n_atoms
@@ -260,9 +331,14 @@ class Crossings(NamedTuple):
 def _tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
     """How many stages the bridge gets, where they lie and how large their steps are."""
     if run.plan.bridge is None:
-        nothing = np.empty(0)
-        none = Schedule(np.array([0.0]), nothing, nothing.astype(np.int32))
-        return Crossings(none, None, math.inf, run.plan.max_samples)
+        return _no_bridge(run)
+    if (
+        run.flow is not None
+        and run.plan.bridge == "auto"
+        and run.plan.estimator == "fep"
+        and _needs_no_bridge(run, gaussian)
+    ):
+        return _no_bridge(run)
     report(Progress("tuning", 0.0, "first trial crossing"))
     pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
     # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
@@ -283,6 +359,24 @@ def _tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
         run.warnings.append(f"a sound bridge would take more than {_MAX_STAGES} stages; this one is far too short")
         return short
     return Crossings(bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
+
+
+def _no_bridge(run: Run) -> Crossings:
+    nothing = np.empty(0)
+    none = Schedule(np.array([0.0]), nothing, nothing.astype(np.int32))
+    return Crossings(none, None, math.inf, run.plan.max_samples)
+
+
+def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
+    """Whether samples that a flow carries over at once have weights even enough to be averaged."""
+    none = BridgeParams(gaussian, _no_bridge(run).schedule)
+    # Far from the batches of the run, so that no random number serves twice.
+    batches = range(2**30, 2**30 + -(-_TRIAL_SAMPLES // run.sampler.batch))
+    arrived = _arrived([job for job in run.sampler.cross(none, batches)], wait_for_all=True)
+    work = np.concatenate([crossing.forward for crossing in arrived])
+    spent = run.sampler.energy_evaluations
+    spent["tuning"] += spent.pop("sampling")
+    return bool(np.isfinite(work).all()) and float(work.var()) < _WORK_VARIANCE_DIRECT
 
 
 def _fewest_samples(n_atoms: int) -> int:
@@ -430,9 +524,9 @@ def _shortened(crossing: Crossing, by: int) -> Crossing:
     )
 
 
-def _arrived(jobs: list[Future[Crossing | None]]) -> list[Crossing]:
-    """Crossings that were completed; those that have not begun are called off."""
-    for job in jobs:
+def _arrived(jobs: list[Future[Crossing | None]], wait_for_all: bool = False) -> list[Crossing]:
+    """Crossings that were completed; those that have not begun are called off, unless told to wait."""
+    for job in jobs if not wait_for_all else ():
         job.cancel()
     done = [job.result() for job in jobs if not job.cancelled()]
     return [crossing for crossing in done if crossing is not None]
@@ -509,7 +603,8 @@ def _result(run: Run, fit: Fit, samples: Samples, clock: Clock) -> Result:
             f"target error {plan.target_error:g} per atom not reached with {len(work.forward)} samples "
             f"(max_samples {plan.max_samples}); about {need:.0f} would do"
         )
-    checks = run.sampler.energy_evaluations
+    spent = run.sampler.energy_evaluations
+    purposes = (*(("training",) if run.flow is not None else ()), "reference", "tuning", "sampling", "checks")
     return Result(
         system=system,
         plan=plan,
@@ -521,7 +616,7 @@ def _result(run: Run, fit: Fit, samples: Samples, clock: Clock) -> Result:
         beta_f_std_error=error,
         work=work,
         n_samples=len(work.forward),
-        energy_evaluations={name: checks[name] for name in ("reference", "tuning", "sampling", "checks")},
+        energy_evaluations={name: spent[name] for name in purposes},
         wall_seconds=clock.seconds(),
         status=status,
         ess_fraction=float(answer.ess_fraction),

@@ -53,6 +53,11 @@ class GaussianCrystal:
     whiten: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
     colour_gradient: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
     noise: Callable[[Key, Any], Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
+    truncated: Callable[[Key, Any], Float[Array, "n 3"]] | None = None  # where samples are not plain noise
+
+    def launch(self, key: Key, dtype: Any) -> Float[Array, "n 3"]:
+        """White z of a sample of the reference."""
+        return (self.truncated or self.noise)(key, dtype)
 
     def ensemble(self, parameters: Gaussian) -> Ensemble:
         """exp(-|z|^2 / 2), whose integral over mean-free displacements is known exactly."""
@@ -62,7 +67,7 @@ class GaussianCrystal:
             return 0.5 * jnp.sum(z * z)
 
         def sample(key: Key, state: ThermodynamicState) -> Array:
-            return self.colour(parameters, self.noise(key, parameters.mean.dtype))
+            return self.colour(parameters, self.launch(key, parameters.mean.dtype))
 
         def log_partition(state: ThermodynamicState) -> Scalar:
             return 1.5 * (self.crystal.n_atoms - 1) * math.log(2 * math.pi) + parameters.log_det

@@ -357,7 +357,8 @@ def provenance(system: System, plan: Plan) -> dict[str, Any]:
     device = jax.devices()[0]
     kind = getattr(device, "device_kind", device.platform)
     same = kind == device.platform
-    estimate = {name: value for name, value in vars(plan).items() if name != "bridge"}
+    estimate = {name: value for name, value in vars(plan).items() if name not in {"flow", "bridge"}}
+    estimate["flow"] = plan.flow and plan.flow.values()
     estimate["bridge"] = None if plan.bridge is None else {"stages": plan.bridge}
     return {
         "freeflow": _version("freeflow"),

@@ -122,3 +122,77 @@ def crystal_symmetries(crystal: Crystal) -> tuple[Symmetry, ...]:
         return x.at[jnp.asarray(crystal.operation_sites)[k]].set(turned)
 
     return Symmetry("lattice translation", translate), Symmetry("point operation", rotate)
+
+
+def site_colours(crystal: Crystal, distance: float) -> np.ndarray:
+    """Colours (n_atoms,) such that atoms of one colour are translates of each other, further apart than `distance`.
+
+    A colour is one basis atom and one coset of a sublattice: the coarsest sublattice of the crystal's
+    translations that will do, and among equals the one whose points are furthest apart. Colours are
+    numbered by their site nearest to the first one, so that repeats of a cell agree on them. An atom's
+    own periodic images do not count: in the worst case every atom has a colour of its own.
+
+    Args:
+        crystal: The crystal.
+        distance: What separates atoms of one colour [length].
+    """
+    n_translations = len(crystal.site_of)
+    steps = crystal.sites[crystal.site_of[:, 0]] - crystal.sites[crystal.site_of[0, 0]]
+    whole = np.rint(n_translations * steps @ np.linalg.inv(crystal.cell)).astype(int)
+    rows = np.concatenate([n_translations * np.eye(3, dtype=int), whole])
+    primitive = (_integer_row_basis(rows) / n_translations) @ crystal.cell
+    supercell = np.rint(crystal.cell @ np.linalg.inv(primitive)).astype(int)
+    index = next(k for k in range(1, n_translations + 1) if _coarsest(k, primitive, supercell, distance) is not None)
+    sublattice = _coarsest(index, primitive, supercell, distance)
+    assert sublattice is not None
+    # Translations of one coset have the same fractional part in the sublattice, in units of 1 / index.
+    parts = np.rint(index * (np.rint(steps @ np.linalg.inv(primitive)) @ np.linalg.inv(sublattice))).astype(int) % index
+    _, coset = np.unique(parts, axis=0, return_inverse=True)
+    label = np.empty(crystal.n_atoms, int)
+    label[crystal.site_of] = coset.reshape(-1, 1) * crystal.site_of.shape[1] + np.arange(crystal.site_of.shape[1])
+    apart = np.round(crystal.sites - crystal.sites[0], 4)
+    order = np.lexsort((*apart.T[::-1], np.round(np.linalg.norm(apart, axis=1), 4)))
+    _, first, of_label = np.unique(label[order], return_index=True, return_inverse=True)
+    colours = np.empty(crystal.n_atoms, int)
+    colours[order] = np.argsort(np.argsort(first))[of_label]
+    return colours
+
+
+def _coarsest(index: int, primitive: np.ndarray, supercell: np.ndarray, distance: float) -> np.ndarray | None:
+    """The sublattice of an index with the largest spacing beyond `distance`, in the primitive basis, if any.
+
+    Sublattices are Hermite normal forms. Vectors of the supercell itself lead to an atom's own image.
+    """
+    reach = np.indices((7, 7, 7)).reshape(3, -1).T - 3
+    reach = reach[(reach != 0).any(axis=1)]
+    into = np.linalg.inv(supercell)
+    best, spacing = None, distance
+    for a in (a for a in range(1, index + 1) if index % a == 0):
+        for b in (b for b in range(1, index // a + 1) if (index // a) % b == 0):
+            c = index // (a * b)
+            for x, y, z in np.ndindex(b, c, c):
+                form = np.array([[a, x, y], [0, b, z], [0, 0, c]])
+                whole = supercell @ np.linalg.inv(form)
+                if np.abs(whole - np.rint(whole)).max() > 1e-6:
+                    continue
+                vectors = reach @ _integer_row_basis_short(form, primitive)
+                inside = np.abs(vectors @ into - np.rint(vectors @ into)).max(axis=1) < 1e-6
+                lengths = np.linalg.norm(vectors[~inside] @ primitive, axis=1)
+                nearest = lengths.min() if len(lengths) else np.inf
+                if nearest > spacing * (1 + 1e-6):
+                    best, spacing = form, nearest
+    return best
+
+
+def _integer_row_basis_short(form: np.ndarray, metric: np.ndarray) -> np.ndarray:
+    """The same lattice with a basis of short vectors: pairs are reduced until none gets shorter."""
+    basis = form.copy()
+    while True:
+        vectors = basis @ metric
+        for i, j in ((i, j) for i in range(3) for j in range(3) if i != j):
+            times = int(np.rint(vectors[i] @ vectors[j] / (vectors[j] @ vectors[j])))
+            if times and np.linalg.norm(vectors[i] - times * vectors[j]) < np.linalg.norm(vectors[i]) * (1 - 1e-9):
+                basis[i] -= times * basis[j]
+                break
+        else:
+            return basis

@@ -130,11 +130,52 @@ class Bijector:
 
 
 @dataclass(frozen=True)
+class Network:
+    """A conditioner: `apply(params, *inputs)` is one array, `init(key, *inputs)` draws its parameters.
+
+    Inputs are those of one configuration; only their shapes and dtypes matter to `init`.
+    """
+
+    init: Callable[..., Params]
+    apply: Callable[..., Array]
+
+
+@dataclass(frozen=True)
 class Symmetry:
     """A random element of a group that leaves the target invariant: `act(key, x) -> x`."""
 
     name: str
     act: Callable[[Key, Configuration], Configuration]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How to train a flow: the `training:` section of system.yaml with every default filled in."""
+
+    loss: str = "path_gradient"  # path_gradient | reverse_kl; forward_kl | lbar with samples of the target
+    max_steps: int | None = None  # where the learning rate ends at zero; neither of the two: 2000 steps
+    max_minutes: float | None = None  # all of it, compilation and reference included
+    batch_size: int = 32
+    learning_rate: float = 4e-3  # at its highest
+    clip: float = 4.0  # gradients are cut to so many times their usual norm
+    average: float = 0.99  # share of the past in the running average of parameters at every step; 0 for none
+    min_gain: float = 0.01  # a plateau: a third of the run lowers the bound by less [kT, total]; 0 to go on anyway
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """A learned flow: one from a file, or one to train."""
+
+    checkpoint: str | None = None  # path, or "shipped"
+    architecture: str | None = None  # residual | atomic_solids, if there is no checkpoint
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the architecture, where not by default
+    training: TrainingPlan = field(default_factory=TrainingPlan)
+
+    def values(self) -> dict[str, Any]:
+        """Plain values as under `estimate.flow` in system.yaml."""
+        if self.checkpoint is not None:
+            return {"checkpoint": self.checkpoint}
+        return {"architecture": self.architecture, **self.options, "training": dict(vars(self.training))}
 
 
 @dataclass(frozen=True)
@@ -148,6 +189,7 @@ class Plan:
     max_samples: int = 100_000
     seed: int = 0
     precision: str = "float32"  # of the energy kernels; estimators are always float64
+    flow: FlowPlan | None = None  # a learned map between the reference and the bridge
 
 
 @dataclass(frozen=True)

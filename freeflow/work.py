@@ -88,7 +88,7 @@ class BridgeSampler:
         self.recipe, self.bridge, self.target = recipe, bridge, target
         self.state, self.batch, self.seed = state, batch, seed
         self.workers = n_workers()
-        self.energy_evaluations: Counter[str] = Counter()  # reference, tuning, sampling, checks
+        self.energy_evaluations: Counter[str] = Counter()  # training, reference, tuning, sampling, checks
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="freeflow")
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="freeflow-compile")
         self._compiled: dict[str, Future[Any]] = {}
@@ -140,9 +140,9 @@ class BridgeSampler:
         self._count(purpose, int(segment.count))
         return moved
 
-    def _correct(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
+    def _correct(self, gaussian: Gaussian, walker: Walker, purpose: str = "checks") -> np.ndarray:
         correction = np.asarray(self.compile("exact", gaussian).result()(gaussian, walker))
-        self._count("checks", 1)
+        self._count(purpose, 1)
         return correction
 
     def _count(self, purpose: str, stages: int) -> None:
@@ -218,7 +218,7 @@ class BridgeSampler:
         """No bridge: the work of switching from the reference to the target at once."""
         walker = self._launch(keys)
         z = np.asarray(walker.z, np.float64)
-        work = self._correct(gaussian, walker) - 0.5 * (z**2).sum(axis=(1, 2))
+        work = self._correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
         return Crossing(work, np.empty(0), np.empty(0, int), np.zeros(self.batch), 1.0)
 
     def cross(

@@ -15,7 +15,7 @@ from fake_results import fake_result, fake_system
 import freeflow
 from freeflow import cli, config
 from freeflow.errors import FreeflowError, InputError
-from freeflow.types import Plan
+from freeflow.types import FlowPlan, Plan, TrainingPlan
 
 GOLDEN = Path(__file__).parent / "golden"
 VALUE = "-25.16310(9) converged\n"
@@ -65,9 +65,9 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; use one of estimate, systems, validate"),
+        ([], "no command given; use one of estimate, systems, train, validate"),
         (["estimat"], "no such command 'estimat'; did you mean estimate?"),
-        (["train"], "no such command 'train'; use one of estimate, systems, validate"),
+        (["compute"], "no such command 'compute'; use one of estimate, systems, train, validate"),
         (["--xyz"], "no such option --xyz; see 'freeflow --help'"),
         (["estimate", "x", "--xyz"], "no such option --xyz; see 'freeflow estimate --help'"),
         (["estimate", "x", "--max-sample", "3"], "no such option --max-sample; did you mean --max-samples?"),
@@ -85,7 +85,14 @@ def run(capsys, *arguments):
             ["estimate", "x", "--estimator", "mbar"],
             "Invalid value for '--estimator': 'mbar' is not one of 'fep', 'bar'.",
         ),
-        (["estimate", "x", "--checkpoint", "f"], "--checkpoint: learned flows are not available in this version"),
+        (["train", "x"], "Missing option '-o' / '--output'."),
+        (["train", "x", "-o"], "Option '-o' requires an argument."),
+        (["train", "x", "-o", "r", "--max-step", "3"], "no such option --max-step; did you mean --max-steps?"),
+        (["train", "no.yaml", "-o", "r"], "no.yaml: no such file"),
+        (
+            ["train", "x", "-o", "r", "--architecture", "unet"],
+            "Invalid value for '--architecture': 'unet' is not one of 'residual', 'atomic_solids'.",
+        ),
         (["estimate", "no.yaml"], "no.yaml: no such file"),
         (["validate", "no.yaml"], "no.yaml: no such file"),
         (
@@ -158,6 +165,15 @@ def test_options_replace_the_plan(capsys, pipeline):
     assert pipeline.plan == Plan(bridge=40)
     run(capsys, "estimate", "x", "--stages", "auto")
     assert pipeline.plan == Plan()
+
+
+def test_a_checkpoint_replaces_the_flow(capsys, pipeline, tmp_path):
+    run(capsys, "estimate", "x", "--checkpoint", "runs/a")
+    assert pipeline.plan == Plan(flow=FlowPlan(checkpoint=str(tmp_path / "runs" / "a")))
+    run(capsys, "estimate", "x", "--checkpoint", "shipped", "--seed", "3")
+    assert pipeline.plan == Plan(seed=3, flow=FlowPlan(checkpoint="shipped"))
+    message = "freeflow: error: --checkpoint: expected one line of printable text, got ''\n"
+    assert run(capsys, "estimate", "x", "--checkpoint", "") == (2, "", message)
 
 
 def test_quiet_prints_one_line(capsys, pipeline):
@@ -257,6 +273,95 @@ def test_progress_is_a_bar_on_a_terminal(capsys, pipeline, monkeypatch):
     assert status == 0 and out.startswith("mw_cubic_64\n")
 
 
+# --------------------------------------------------------------------------- train
+
+
+@pytest.fixture
+def training_run(pipeline, monkeypatch):
+    """Stands in for the job: `outcome` is what it returns or raises, `calls` what it was given."""
+    fake = types.ModuleType("freeflow.training_run")
+    result = types.SimpleNamespace(
+        summary="below -25.1(1), finished",
+        json_text=lambda: '{"version": 1}\n',
+        to_json=lambda path: Path(path).write_text('{"version": 1}\n'),
+        exit_status=0,
+        __str__=lambda: "",
+    )
+    calls = types.SimpleNamespace(outcome=result, plan=None)
+
+    def train(system, run_dir, plan, progress, *, resume, given, command):
+        calls.run_dir, calls.plan, calls.resume, calls.given, calls.command = run_dir, plan, resume, given, command
+        if isinstance(calls.outcome, BaseException):
+            raise calls.outcome
+        return calls.outcome
+
+    fake.train = train
+    monkeypatch.setitem(sys.modules, "freeflow.training_run", fake)
+    monkeypatch.setattr(freeflow, "training_run", fake, raising=False)
+    monkeypatch.setattr(sys, "argv", ["freeflow", "train", "a b", "-o", "r"])
+    return calls
+
+
+def test_train_takes_a_plan_from_file_and_options(capsys, training_run, monkeypatch):
+    assert run(capsys, "train", "x", "-o", "r", "--quiet") == (0, "below -25.1(1), finished\n", "")
+    assert training_run.plan == Plan(flow=FlowPlan(architecture="residual"))
+    assert (training_run.run_dir, training_run.resume, training_run.given) == ("r", False, {})
+    assert training_run.command == "freeflow train 'a b' -o r"
+    options = "--resume --max-minutes 2 --max-steps 9 --batch-size 8 --learning-rate 1e-3 --seed 4"
+    run(capsys, "train", "x", "-o", "r", "--quiet", *options.split())
+    chosen = TrainingPlan(max_minutes=2.0, max_steps=9, batch_size=8, learning_rate=1e-3)
+    assert training_run.plan == Plan(seed=4, flow=FlowPlan(architecture="residual", training=chosen))
+    assert training_run.resume and training_run.given == {
+        "max_minutes": 2.0,
+        "max_steps": 9,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "seed": 4,
+    }
+    own = FlowPlan(architecture="residual", options={"width": 8}, training=TrainingPlan(batch_size=4))
+    monkeypatch.setattr(config, "load", lambda source: fake_system(plan=Plan(flow=own)))
+    run(capsys, "train", "x", "-o", "r", "--quiet", "--max-steps", "5")
+    assert training_run.plan.flow == FlowPlan(
+        architecture="residual", options={"width": 8}, training=TrainingPlan(batch_size=4, max_steps=5)
+    )
+    run(capsys, "train", "x", "-o", "r", "--quiet", "--architecture", "atomic_solids")  # takes no options of another
+    assert training_run.plan.flow == FlowPlan(architecture="atomic_solids", training=TrainingPlan(batch_size=4))
+    monkeypatch.setattr(config, "load", lambda source: fake_system(plan=Plan(flow=FlowPlan(checkpoint="c"))))
+    status, _, err = run(capsys, "train", "x", "-o", "r")
+    assert (status, err) == (
+        2,
+        "freeflow: error: estimate.flow: it names a checkpoint; say with --architecture what to train\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-minutes", "0"], "--max-minutes: must be greater than 0, got 0.0"),
+        (["--max-minutes", "nan"], "--max-minutes: expected a finite number, got nan"),
+        (["--max-steps", "0"], "--max-steps: must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
+        (["--learning-rate", "2"], "--learning-rate: must be at most 1, got 2.0"),
+        (["--seed", "-1"], "--seed: must be at least 0, got -1"),
+    ],
+)
+def test_impossible_training_is_named_by_its_option(capsys, training_run, options, message):
+    assert run(capsys, "train", "x", "-o", "r", *options) == (2, "", f"freeflow: error: {message}\n")
+    assert training_run.plan is None
+
+
+def test_what_train_writes_and_returns(capsys, training_run, tmp_path):
+    assert run(capsys, "train", "x", "-o", "r", "--json", "-") == (0, '{"version": 1}\n', "")
+    assert run(capsys, "train", "x", "-o", "r", "--json", "out.json")[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == {"version": 1}
+    training_run.outcome.exit_status = 130
+    assert run(capsys, "train", "x", "-o", "r", "--quiet")[0] == 130
+    training_run.outcome = KeyboardInterrupt()
+    assert run(capsys, "train", "x", "-o", "r") == (130, "", "freeflow: interrupted before training began\n")
+    training_run.outcome = InputError("r: holds a run already")
+    assert run(capsys, "train", "x", "-o", "r") == (2, "", "freeflow: error: r: holds a run already\n")
+
+
 # --------------------------------------------------------------------------- compilation cache
 
 
@@ -325,7 +430,14 @@ def test_validate_prints_a_system_file(capsys):
 
 
 def test_help_has_examples(capsys):
-    for arguments in (["--help"], ["-h"], ["estimate", "--help"], ["systems", "--help"], ["validate", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["-h"],
+        ["estimate", "--help"],
+        ["systems", "--help"],
+        ["train", "--help"],
+        ["validate", "--help"],
+    ):
         status, out, err = run(capsys, *arguments)
         assert (status, err) == (0, "")
         assert "Examples:\n" in out

@@ -1,6 +1,7 @@
 """system.yaml: what is accepted, and one clear line for everything that is not."""
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeflow import config
+from freeflow import config, flows
 from freeflow.errors import InputError, UnstableCrystalError
-from freeflow.types import Plan, Published
+from freeflow.types import FlowPlan, Plan, Published, TrainingPlan
 
 GOOD = """\
 name: test
@@ -163,11 +164,43 @@ BAD_VALUES = [
         "s.yaml:8: estimate.bridge.stages: expected auto or a whole number from 1 to 1000000, got 0",
     ),
     ("1e-4", "1e-4\n  bridge: {stage: 9}", "s.yaml:8: estimate.bridge.stage: unknown key; did you mean stages?"),
-    (
-        "1e-4",
-        "1e-4\n  flow: {checkpoint: a}",
-        "s.yaml:8: estimate.flow: learned flows are not available in this version; leave it out or write null",
-    ),
+    *[
+        ("1e-4", f"1e-4\n  flow: {flow}", f"s.yaml:8: estimate.flow{message}")
+        for flow, message in [
+            ("shipped", ": expected a section with the keys checkpoint, or architecture, ..., got 'shipped'"),
+            ("{}", ": give checkpoint (a trained flow) or architecture (residual, atomic_solids)"),
+            ("{checkpiont: a}", ".checkpiont: unknown key; did you mean checkpoint?"),
+            ("{checkpoint: 3}", ".checkpoint: expected text, got 3"),
+            ("{checkpoint: a, training: {}}", ".training: unknown key; use one of checkpoint"),
+            ("{checkpoint: a, architecture: residual}", ".architecture: give checkpoint or architecture, not both"),
+            ("{architecture: residul}", ".architecture: unknown value 'residul'; did you mean residual?"),
+            ("{architecture: [a]}", ".architecture: unknown value ['a']; use one of residual, atomic_solids"),
+            ("{architecture: residual, widht: 3}", ".widht: unknown key; did you mean width?"),
+            ("{architecture: atomic_solids, n_layers: 0}", ".n_layers: must be greater than 0, got 0"),
+            ("{architecture: residual, seed: 3}", ".seed: unknown key here; it belongs in section estimate"),
+            (
+                "{architecture: residual, max_steps: 3}",
+                ".max_steps: unknown key here; it belongs in section estimate.flow.training",
+            ),
+            (
+                "{architecture: residual, training: {max_minute: 3}}",
+                ".training.max_minute: unknown key; did you mean max_minutes?",
+            ),
+            (
+                "{architecture: residual, training: {learning_rate: 0}}",
+                ".training.learning_rate: must be greater than 0, got 0",
+            ),
+            (
+                "{architecture: residual, training: {loss: reverse}}",
+                ".training.loss: unknown value 'reverse'; did you mean reverse_kl?",
+            ),
+            (
+                "{architecture: residual, training: 5}",
+                ".training: expected a section with the keys loss, max_steps, max_minutes, batch_size, learning_rate, "
+                "clip, average, min_gain, got 5",
+            ),
+        ]
+    ],
     (
         "1e-4",
         "1e-4\npublished: {beta_f_per_atom: 3, std_error: 0}",
@@ -239,6 +272,8 @@ PLACES = [
     *[("potential", key) for key in ("kind", "preset", "cutoff", "shift", "other")],
     *[("crystal", key) for key in ("lattice", "repeats", "other")],
     *[("estimate", key) for key in ("bridge", "flow", "seed", "estimator", "other")],
+    *[("estimate", "flow", key) for key in ("checkpoint", "architecture", "training", "width", "other")],
+    *[("estimate", "flow", "training", key) for key in ("loss", "max_steps", "batch_size", "other")],
 ]
 
 
@@ -246,6 +281,8 @@ PLACES = [
 @settings(deadline=None, max_examples=300, derandomize=True)
 def test_nothing_but_input_errors_on_one_line(place, value):
     values = config.read("mw_cubic_64")[2].resolved()
+    if "flow" in place[:-1]:
+        values["estimate"]["flow"] = {"architecture": "residual", "training": {}}
     inner = values
     for key in place[:-1]:
         inner = inner[key]
@@ -298,6 +335,44 @@ def test_whole_numbers_pass_for_floats_and_defaults_are_filled_in(read):
 def test_no_bridge(read):
     assert read(GOOD + "  bridge: null\n").estimate.plan().bridge is None
     assert read(GOOD + "  bridge: {stages: 12}\n").estimate.plan().bridge == 12
+
+
+def test_flows(read, tmp_path):
+    def flow(text):
+        return read(GOOD + f"  flow: {text}\n").estimate.plan(Path("/folder")).flow
+
+    assert flow("null") is None
+    assert flow("{checkpoint: shipped}") == FlowPlan(checkpoint="shipped")
+    assert flow("{checkpoint: runs/a}") == FlowPlan(checkpoint="/folder/runs/a")
+    assert flow("{checkpoint: /runs/a}") == FlowPlan(checkpoint="/runs/a")
+    assert flow("{architecture: residual}") == FlowPlan(architecture="residual")
+    assert flow("{architecture: atomic_solids, n_layers: 3, training: {max_minutes: 5}}") == FlowPlan(
+        architecture="atomic_solids", options={"n_layers": 3}, training=TrainingPlan(max_minutes=5.0)
+    )
+
+
+def test_flows_in_resolved_values(tmp_path):
+    text = GOOD + "  flow: {architecture: atomic_solids, width: 8}\n"
+    (tmp_path / "s.yaml").write_text(text)
+    system = config.load(tmp_path / "s.yaml")
+    flow = system.config["estimate"]["flow"]
+    assert flow == system.plan.flow.values()
+    assert (flow["width"], flow["training"]["max_steps"], "n_layers" in flow) == (8, None, False)
+    assert config.read(system.config)[2].resolved() == system.config
+    (tmp_path / "s.yaml").write_text(GOOD + "  flow: {checkpoint: a}\n")
+    system = config.load(tmp_path / "s.yaml")
+    assert system.config["estimate"]["flow"] == {"checkpoint": str(tmp_path / "a")} == system.plan.flow.values()
+
+
+@pytest.mark.parametrize("name", ["atomic_solids", "residual"])
+def test_options_are_those_of_the_builders(name):
+    wanted = [
+        key
+        for key, parameter in inspect.signature(getattr(flows, name)).parameters.items()
+        if parameter.default is not parameter.empty
+    ]
+    section = {"residual": config.ResidualSection, "atomic_solids": config.AtomicSolidsSection}[name]
+    assert sorted(wanted) == sorted(set(section.model_fields) - {"architecture", "training"})
 
 
 def test_presets_can_be_changed_in_part(read):
@@ -433,6 +508,10 @@ def test_revised_plans():
     plan = config.revise(Plan(), seed=7, bridge=None, target_error=3)
     assert plan == dataclasses.replace(Plan(), seed=7, bridge=None, target_error=3.0)
     assert config.revise(plan, bridge=40).bridge == 40
+    with_flow = config.revise(plan, flow={"architecture": "residual", "training": {"max_steps": 9}})
+    assert with_flow.flow == FlowPlan(architecture="residual", training=TrainingPlan(max_steps=9))
+    assert config.revise(with_flow, seed=8).flow == with_flow.flow
+    assert config.revise(with_flow, flow=None).flow is None
 
 
 @pytest.mark.parametrize(
@@ -442,6 +521,11 @@ def test_revised_plans():
         ({"max_samples": 1}, "max_samples: must be at least 2, got 1"),
         ({"seed": 2**32}, "seed: must be at most 4294967295, got 4294967296"),
         ({"seeds": 1}, "seeds: unknown key; did you mean seed?"),
+        ({"flow": {"checkpoint": ""}}, "flow.checkpoint: expected one line of printable text, got ''"),
+        (
+            {"flow": {"architecture": "residual", "training": {"max_steps": 0}}},
+            "flow.training.max_steps: must be at least 1, got 0",
+        ),
         ({"bridge": "fast"}, "bridge.stages: expected auto or a whole number from 1 to 1000000, got 'fast'"),
     ],
 )

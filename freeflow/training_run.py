@@ -1,0 +1,391 @@
+"""`freeflow train`: a folder in which a flow is trained, and can be trained on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.text import Text
+
+from freeflow import checkpoints, config, pipeline, training
+from freeflow.checkpoints import FILE_NAME, Checkpoint
+from freeflow.errors import FreeflowError, InputError
+from freeflow.flows.core import Flow
+from freeflow.pipeline import Progress, Report
+from freeflow.references import Gaussian
+from freeflow.result import format_with_error, provenance, require_writable, write_atomically
+from freeflow.training import Compiled, Ending, Limits, Metrics, Session
+from freeflow.types import FlowPlan, Plan, System, TrainingPlan, double_precision
+
+METRICS_FILE, SYSTEM_FILE = "metrics.jsonl", "system.yaml"
+JSON_VERSION = 1
+DEFAULT_ARCHITECTURE = "residual"
+_SAVE_SECONDS = 30.0
+_OVERTIME = 1.25  # of a time budget, for the end of the schedule where steps were slower than measured
+_FEW_SKIPPED = 0.01
+
+_EXIT_STATUS: Mapping[Ending, int] = {
+    "finished": 0,
+    "plateau": 0,
+    "time_limit": 0,
+    "step_limit": 0,
+    "interrupted": 130,
+}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How training went."""
+
+    system: System
+    checkpoint: Path
+    flow: Flow
+    n_parameters: int
+    ending: Ending
+    horizon: int
+    metrics: tuple[Metrics, ...]  # from the untrained flow to the last evaluation
+    step: int
+    wall_seconds: float  # of this session
+    warnings: tuple[str, ...]
+
+    @property
+    def worse(self) -> bool:
+        """Whether the bound is above that of the untrained flow, by two standard errors."""
+        first, last = self.metrics[0], self.metrics[-1]
+        if last["bound_per_atom"] is None or first["bound_per_atom"] is None:
+            return last["bound_per_atom"] is None
+        error = math.hypot(first["bound_std_error"], last["bound_std_error"])
+        return last["bound_per_atom"] > first["bound_per_atom"] + 2 * error
+
+    @property
+    def exit_status(self) -> int:
+        """What the command line returns: 3 where the schedule ended and training did harm."""
+        done = self.ending in {"finished", "plateau"}
+        return 3 if done and self.worse else _EXIT_STATUS[self.ending]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by the names of the JSON contract of training, version 1."""
+        return {
+            "version": JSON_VERSION,
+            "system": self.system.name,
+            "n_atoms": self.system.n_atoms,
+            "architecture": self.flow.architecture,
+            "options": dict(self.flow.options),
+            "n_parameters": self.n_parameters,
+            "checkpoint": str(self.checkpoint),
+            "status": self.ending,
+            "steps": self.step,
+            "horizon": self.horizon,
+            "first": self.metrics[0],
+            "last": self.metrics[-1],
+            "wall_seconds": self.wall_seconds,
+            "warnings": list(self.warnings),
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the JSON document; the file is there whole or not at all."""
+        write_atomically(path, self.json_text())
+
+    def json_text(self) -> str:
+        """The JSON document, ending in a line feed."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @property
+    def summary(self) -> str:
+        """One line: the bound of beta F per atom, the effective sample size, and how training ended."""
+        last, ending = self.metrics[-1], self.ending.replace("_", " ")
+        return f"beta F / N below {_bound(last)}, ESS {_percent(last)}, {ending}"
+
+    def render(self, console: Console) -> None:
+        """Print the table."""
+        console.print(Text(str(self)))
+
+    def __str__(self) -> str:
+        first, last = self.metrics[0], self.metrics[-1]
+        rows = [
+            ("architecture", f"{self.flow.architecture}, {self.n_parameters} parameters", ""),
+            ("steps", f"{self.step} of {self.horizon}", f"{last['skipped_steps']} skipped"),
+            ("beta F / N, upper bound", _bound(last), f"untrained {_bound(first)}"),
+            ("effective sample size", _percent(last), f"untrained {_percent(first)}"),
+            ("wall time", f"{self.wall_seconds:.1f} s", f"training in all {last['seconds']:.1f} s"),
+            ("checkpoint", str(self.checkpoint), ""),
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        lines = [self.system.name, ""]
+        lines += [f"  {name:<{widths[0]}}   {value:<{widths[1]}}   {note}".rstrip() for name, value, note in rows]
+        if self.warnings:
+            lines += ["", "Warnings", *(f"  {warning}" for warning in self.warnings)]
+        return "\n".join([*lines, "", _SENTENCES[self.ending]])
+
+
+_SENTENCES: Mapping[Ending, str] = {
+    "finished": "Finished: the learning rate has reached zero.",
+    "plateau": "Finished: the bound has stopped falling.",
+    "time_limit": "Out of time before the end of the schedule; --resume goes on.",
+    "step_limit": "Stopped at the step asked for; --resume goes on.",
+    "interrupted": "Interrupted; --resume goes on.",
+}
+
+
+def _bound(metrics: Metrics) -> str:
+    if metrics["bound_per_atom"] is None:
+        return "not estimable"
+    return format_with_error(metrics["bound_per_atom"], metrics["bound_std_error"])
+
+
+def _percent(metrics: Metrics) -> str:
+    return f"{100 * metrics['ess_fraction']:.3g} %"
+
+
+# ------------------------------------------------------------------------------ the job
+
+
+def train(
+    system: System | str | Path | dict[str, Any],
+    run_dir: str | Path,
+    plan: Plan | None = None,
+    progress: Report | None = None,
+    *,
+    resume: bool = False,
+    given: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> TrainingResult:
+    """Train a flow for a crystal, in a folder that holds the checkpoint and the record of evaluations.
+
+    A run that is resumed goes on with its own settings and towards its own horizon; `max_minutes`
+    and `max_steps` then only say where to pause.
+
+    Args:
+        system: A system, or what `freeflow.load` makes one from.
+        run_dir: Where to keep the run; made if need be, empty unless resumed.
+        plan: How; `plan.flow` says which architecture and how to train it. The system's own by default.
+        progress: Called now and then with what is going on.
+        resume: Go on with the run that the folder holds.
+        given: When resuming, settings that the caller insists on, by the names of `TrainingPlan`, and
+            `seed` and `architecture`: they must be the run's own, but for `max_minutes` and `max_steps`.
+        command: What to note as the command that did it.
+
+    Raises:
+        InputError: If the system, the folder, the plan or the checkpoint cannot be used.
+        KeyboardInterrupt: If interrupted before there was a checkpoint.
+    """
+    begun = time.monotonic()
+    system = system if isinstance(system, System) else config.load(system)
+    plan, folder, report = plan or system.plan, Path(run_dir), progress or (lambda _: None)
+    given = dict(given or {})
+    with double_precision():
+        if resume:
+            run, session, limits = _take_up(system, plan, folder, given, report, begun)
+        else:
+            run, session, limits = _set_out(system, plan, folder, report, begun)
+        run = replace(run, command=command)
+        return _carry_on(run, session, limits, report, begun)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change in a run."""
+
+    system: System
+    plan: Plan
+    settings: TrainingPlan
+    folder: Path
+    flow: Flow
+    gaussian: Gaussian | None
+    compiled: Compiled
+    base: training.Baseline
+    fingerprint: Mapping[str, Any]
+    command: str = ""
+
+
+def _set_out(system: System, plan: Plan, folder: Path, report: Report, begun: float) -> tuple[_Run, Session, Limits]:
+    """A new run, up to the horizon and the evaluation of the untrained flow."""
+    wanted = plan.flow or FlowPlan(architecture=DEFAULT_ARCHITECTURE)
+    if wanted.checkpoint is not None:
+        raise InputError("estimate.flow: it names a checkpoint, which needs no training; give an architecture")
+    _make_folder(folder)
+    plan, settings = replace(plan, flow=wanted), wanted.training
+    fits: list[Gaussian] = []
+
+    def gaussian() -> Gaussian:
+        fits.append(pipeline.fit_gaussian(system, plan, report).gaussian)
+        return fits[-1]
+
+    flow = checkpoints.build_flow(system, wanted.architecture or DEFAULT_ARCHITECTURE, wanted.options, gaussian)
+    run, trainer = _prepared(system, plan, settings, folder, flow, fits[-1] if fits else None, report)
+    report(Progress("training", None, "evaluating the untrained flow"))
+    budget = math.inf if settings.max_minutes is None else 60 * settings.max_minutes
+    session = training.begin(trainer, run.compiled, settings, run.base, begun + budget)
+    return run, session, Limits(deadline=begun + _OVERTIME * budget)
+
+
+def _take_up(
+    system: System, plan: Plan, folder: Path, given: Mapping[str, Any], report: Report, begun: float
+) -> tuple[_Run, Session, Limits]:
+    """A run as its checkpoint has it."""
+    path = folder / FILE_NAME
+    checkpoint = checkpoints.read(path)
+    try:
+        checkpoints.require_same_system(checkpoint, system, any_size=False)
+        if not checkpoint.training:
+            raise InputError("holds parameters alone; it can be used, but not resumed")
+        known = dict(checkpoint.training)
+        settings = TrainingPlan(**known["settings"])
+        plan = replace(plan, seed=known["seed"])
+        own = {**asdict(settings), "seed": plan.seed, "architecture": checkpoint.architecture}
+        for key, value in given.items():
+            if key not in {"max_steps", "max_minutes"} and value != own[key]:
+                option = f"--{key.replace('_', '-')}"
+                raise InputError(f"{option}: this run has {own[key]}, and a resumed run keeps it; got {value}")
+        flow = checkpoints.rebuild(checkpoint, system, lambda: pipeline.fit_gaussian(system, plan, report).gaussian)
+        run, trainer = _prepared(system, plan, settings, folder, flow, checkpoints.reference(checkpoint), report)
+        state = checkpoints.restore(checkpoint.arrays, "state", jax.eval_shape(trainer.init))
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from None
+    session = Session(state, tuple(known["metrics"]), known["seconds"])
+    minutes = given.get("max_minutes")
+    return (
+        run,
+        session,
+        Limits(
+            deadline=math.inf if minutes is None else begun + 60 * minutes, max_step=given.get("max_steps") or math.inf
+        ),
+    )
+
+
+def _prepared(
+    system: System,
+    plan: Plan,
+    settings: TrainingPlan,
+    folder: Path,
+    flow: Flow,
+    gaussian: Gaussian | None,
+    report: Report,
+) -> tuple[_Run, training.Trainer]:
+    report(Progress("training", None, "compiling"))
+    trainer = training.trainer(flow, system.state, settings, plan.seed)
+    compiled = training.compile_trainer(trainer)
+    base = training.baseline(flow, system.constants, system.n_atoms, system.state)
+    fingerprint = checkpoints.fingerprint(system)
+    return _Run(system, plan, settings, folder, flow, gaussian, compiled, base, fingerprint), trainer
+
+
+def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun: float) -> TrainingResult:
+    """Train, and keep the folder up to date."""
+    saved = [-1, -math.inf]  # evaluations, and when
+
+    def keep(session: Session) -> None:
+        _save(run, session)
+        saved[:] = len(session.metrics), time.monotonic()
+
+    def watch(session: Session) -> None:
+        if len(session.metrics) != saved[0] or time.monotonic() - saved[1] > _SAVE_SECONDS:
+            keep(session)
+        report(_progress(session))
+
+    keep(session)
+    session, ending = training.run(session, run.compiled, run.settings, run.base, limits, watch)
+    keep(session)
+    state = session.state
+    result = TrainingResult(
+        system=run.system,
+        checkpoint=run.folder / FILE_NAME,
+        flow=run.flow,
+        n_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        ending=ending,
+        horizon=int(state.horizon),
+        metrics=session.metrics,
+        step=int(state.step),
+        wall_seconds=time.monotonic() - begun,
+        warnings=tuple(_warnings(session)),
+    )
+    if result.worse:
+        worse = "the bound is higher than that of the untrained flow; lower the learning rate or train for longer"
+        return replace(result, warnings=(worse, *result.warnings))
+    return result
+
+
+def _progress(session: Session) -> Progress:
+    state, last = session.state, session.metrics[-1]
+    step, horizon = int(state.step), int(state.horizon)
+    text = f"step {step} of {horizon}, beta F below {_bound(last)} per atom, ESS {_percent(last)}"
+    return Progress("training", step / horizon, text)
+
+
+def _warnings(session: Session) -> list[str]:
+    last = session.metrics[-1]
+    warnings = []
+    skipped = int(session.state.skipped)
+    if skipped > _FEW_SKIPPED * max(int(session.state.step), 1):
+        warnings.append(f"{skipped} steps were skipped: energy or gradient not finite; lower the learning rate")
+    if last["lost_fraction"] > 0:
+        warnings.append(
+            f"in {last['lost_fraction']:.2%} of the samples an atom left its site; the bound does not count them"
+        )
+    return warnings
+
+
+# ------------------------------------------------------------------------------ reference and folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileExistsError:
+        raise InputError(f"{folder}: a file stands there; a run needs a folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be made: {getattr(error, 'strerror', None) or error}") from None
+    if FILE_NAME in others:
+        raise InputError(f"{folder}: holds a run already; --resume goes on with it, or give another folder")
+    if others:
+        raise InputError(f"{folder}: not empty; give a new folder")
+    try:
+        require_writable(folder / FILE_NAME)
+    except FreeflowError as error:
+        raise InputError(str(error)) from None
+
+
+def _save(run: _Run, session: Session) -> None:
+    """Checkpoint and record, each whole or as before. The checkpoint counts: a record is made from it."""
+    state = jax.device_get(session.state)
+    arrays = checkpoints.flatten("state", state)
+    if run.gaussian is not None:
+        arrays |= checkpoints.flatten("reference", run.gaussian)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made = provenance(run.system, run.plan) | {
+        "command": run.command,
+        "date": now,
+        "devices": jax.local_device_count(),
+        "wall_seconds": session.seconds,
+        "reached": session.metrics[-1],
+    }
+    checkpoints.save(
+        run.folder / FILE_NAME,
+        Checkpoint(
+            architecture=run.flow.architecture,
+            options=dict(run.flow.options),
+            transferable=run.flow.transferable,
+            system=run.fingerprint,
+            arrays=arrays,
+            provenance=made,
+            training={
+                "settings": asdict(run.settings),
+                "seed": run.plan.seed,
+                "metrics": list(session.metrics),
+                "seconds": session.seconds,
+            },
+        ),
+    )
+    write_atomically(run.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in session.metrics))
+    system_file = run.folder / SYSTEM_FILE
+    if run.system.config and not system_file.exists():
+        write_atomically(system_file, config.dump(run.system.config))
