@@ -24,7 +24,7 @@ estimate: $(VENV)/.installed  ## free energy of SYSTEM; ARGS are passed on
 	$(BIN)/freeflow estimate $(SYSTEM) $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests; ARGS are passed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: $(VENV)/.installed-test  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import freeflow as ff
-from freeflow import checkpoints, pipeline, training
+from freeflow import checkpoints, pipeline, training, trajectories
 from freeflow.estimators import bar, effective_sample_size
+from freeflow.estimators.timeseries import statistical_inefficiency
 from freeflow.flows import pulled_back
 from freeflow.types import FlowPlan, TrainingPlan, Work, double_precision
 
@@ -78,15 +79,11 @@ def cost(arguments):
 
 
 def bar_with_frames(arguments):
-    """BAR from flow samples and MD frames whose atom i belongs to site i (ASE reads them)."""
-    import ase.io
-
+    """BAR from flow samples and MD frames, their statistical inefficiency in the error bar."""
     name = arguments.systems[0]
     system = ff.load(name)
-    frames = ase.io.read(arguments.frames, ":")
-    u = np.array([atoms.positions for atoms in frames]) - system.crystal.sites
-    u -= np.round(u @ np.linalg.inv(system.crystal.cell)) @ system.crystal.cell
-    u -= u.mean(axis=1, keepdims=True)
+    positions = np.concatenate([frames.positions for frames in trajectories.read(arguments.frames, system)])
+    u = trajectories.to_displacements(positions, system.crystal).displacements
     with double_precision():
         flow, params = loaded(system, arguments.checkpoint)
         forward = one_shot_work(system, flow, params, arguments.samples)
@@ -97,12 +94,18 @@ def bar_with_frames(arguments):
             z = flow.recipe.whiten(flow.gaussian, x)
             return 0.5 * jnp.sum(z * z) - system.target.reduced_potential(u, system.state) - log_det
 
-        reverse = np.concatenate([np.asarray(jax.jit(jax.vmap(back))(part)) for part in np.split(u, len(u) // 50)])
-        answer = bar(Work(forward, reverse))
+        reverse = np.concatenate(
+            [np.asarray(jax.jit(jax.vmap(back))(part)) for part in np.array_split(u, len(u) // 50)]
+        )
+        inefficiency = statistical_inefficiency(reverse)
+        answer = bar(Work(forward, reverse), inefficiency=(1.0, inefficiency))
         log_z = float(flow.recipe.ensemble(flow.gaussian).log_partition(system.state))
     n = system.n_atoms
     beta_f = (-system.log_prefactor - log_z + float(answer.delta_f)) / n
-    print(f"{name}: BAR of {len(forward)} flow samples and {len(reverse)} frames (taken as independent): ", end="")
+    print(
+        f"{name}: BAR of {len(forward)} flow samples and {len(reverse)} frames (inefficiency {inefficiency:.2f}): ",
+        end="",
+    )
     print(f"beta F/N = {beta_f:.5f} +- {float(answer.std_error) / n:.1e}; published {system.published}")
 
 

@@ -20,8 +20,7 @@ from freeflow.crystals import crystal_system, lattice_crystal
 from freeflow.errors import InputError
 from freeflow.flows import atomic_solids, position_symmetries, softened
 from freeflow.flows.atomic_solids import einstein_width, torus_coordinates, truncated_gaussians
-from freeflow.geometry import nearest_neighbour_distance
-from freeflow.geometry import neighbour_table
+from freeflow.geometry import nearest_neighbour_distance, neighbour_table
 from freeflow.potentials import force_constants, lennard_jones
 from freeflow.types import Ensemble, ThermodynamicState
 from freeflow.units import UNIT_STYLES

@@ -36,6 +36,7 @@ from freeflow.bijectors import (
     repeat,
     scaled,
     shift,
+    sinh_arcsinh,
     whitened,
     wrap,
 )
@@ -52,6 +53,7 @@ MAPS = {
     "circular spline": (circular_spline(6), 0.0, 1.0, 6),
     "affine": (affine(), -2.0, 2.0, 1),
     "moebius": (moebius(-1.0, 2.0), -1.0, 2.0, 1),
+    "sinh-arcsinh": (sinh_arcsinh(0.7), -2.0, 2.0, 1),
     "rotated circle": (compose(shift(), circular_spline(3, -0.5, 0.5)), -0.5, 0.5, 3),
 }
 CIRCLES = [name for name in MAPS if "circ" in name or name == "moebius"]
@@ -152,9 +154,10 @@ def test_elementwise_maps_increase(name, dtype):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("raw_kind", ["zero", "random", "huge", "huge random", "tiny"])
 def test_values_and_gradients_are_finite(name, raw_kind, dtype):
-    top = 1e30 if name == "affine" else float(jnp.finfo(dtype).max)  # it may grow by exp(3)
+    # Some may grow: the affine map by exp(3), sinh-arcsinh to the power of e.
+    top = {"affine": 1e30, "sinh-arcsinh": 1e12}.get(name, float(jnp.finfo(dtype).max))
     far = jnp.asarray([1e6, -1e6, 1e9, -1e9, 1e30, -1e30, 3e7 + 0.3, -1.7e7, top, -top], dtype)
-    x = jnp.concatenate([numbers(name, 0, dtype)[: N - len(far)], far])
+    x = jnp.concatenate([numbers(name, 0, dtype)[: N - len(far)], jnp.clip(far, -top, top)])
     scales = {"zero": 0.0, "random": 3.0, "huge": 0.0, "huge random": 1e6, "tiny": 1e-30}
     raw = random_raw(name, 0, dtype, scales[raw_kind])
     if raw_kind == "huge":
@@ -303,6 +306,20 @@ def test_affine_and_shift():
     np.testing.assert_allclose([y[0], log_derivative[0]], [3 * math.exp(s) - 1, s])
     y, log_derivative = shift().forward(jnp.asarray([[0.25]]), jnp.asarray([3.0]))
     np.testing.assert_allclose([y[0], log_derivative[0]], [3.25, 0])
+
+
+def test_sinh_arcsinh_against_its_formula():
+    """Jones and Pewsey, Biometrika 96, 761 (2009), with soft bounds; y runs like x to the power of exp(t)."""
+    width, bound, raw = 2.0, 0.8, np.array([0.6, -1.5])
+    skew, t = bound * np.tanh(raw / bound)
+    x = np.array([-3.0, -0.1, 0.0, 2.0, 1e9, 1e10])
+    mapping, raws = sinh_arcsinh(width, bound), jnp.asarray(np.tile(raw, (len(x), 1)))
+    y, log_derivative = mapping.forward(raws, jnp.asarray(x))
+    inner = np.arcsinh(x / width)
+    np.testing.assert_allclose(y, width * np.sinh(np.exp(t) * inner + skew), rtol=1e-12)
+    slope = np.exp(t) * np.cosh(np.exp(t) * inner + skew) / np.sqrt(1 + (x / width) ** 2)
+    np.testing.assert_allclose(log_derivative, np.log(slope), atol=1e-12)
+    assert math.log10(y[-1] / y[-2]) == pytest.approx(math.exp(t), abs=1e-9)
 
 
 def test_compose_applies_the_first_map_first():

@@ -101,8 +101,8 @@ def test_evaluations_are_billed_by_the_schedule(variants):
     assert result.energy_evaluations["checks"] >= n  # and the pilots' arrivals
     assert result.energy_evaluations["tuning"] > 0 and result.energy_evaluations["reference"] > 256
     without = variants["no bridge"]
-    assert without.energy_evaluations["sampling"] == without.energy_evaluations["tuning"] == 0
-    assert without.energy_evaluations["checks"] == without.n_samples
+    assert without.energy_evaluations["sampling"] == without.n_samples
+    assert without.energy_evaluations["tuning"] == without.energy_evaluations["checks"] == 0
     two_way = variants["bar"]
     assert len(two_way.work.reverse) == len(two_way.work.forward) == two_way.n_samples
     assert two_way.energy_evaluations["checks"] >= 2 * two_way.n_samples

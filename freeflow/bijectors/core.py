@@ -73,21 +73,20 @@ def sinh_arcsinh(width: float = 1.0, bound: float = 1.0) -> Elementwise:
     def bounded(raw: Array) -> tuple[Array, Array]:
         return bound * jnp.tanh(raw[..., 0] / bound), bound * jnp.tanh(raw[..., 1] / bound)
 
-    def log_slope(t: Array, x: Array, inner: Array) -> Array:
-        # ln cosh without overflow.
-        log_cosh = jnp.abs(inner) + jnp.log1p(jnp.exp(-2 * jnp.abs(inner))) - math.log(2)
-        return t + log_cosh - 0.5 * jnp.log1p(jnp.square(x / width))
+    def log_cosh(a: Array) -> Array:
+        return jnp.abs(a) + jnp.log1p(jnp.exp(-2 * jnp.abs(a))) - math.log(2)  # without overflow
 
     def forward(raw: Array, x: Array) -> tuple[Array, Array]:
         skew, t = bounded(raw)
-        inner = jnp.exp(t) * jnp.arcsinh(x / width) + skew
-        return width * jnp.sinh(inner), log_slope(t, x, inner)
+        inner = jnp.arcsinh(x / width)
+        outer = jnp.exp(t) * inner + skew
+        return width * jnp.sinh(outer), t + log_cosh(outer) - log_cosh(inner)
 
     def inverse(raw: Array, y: Array) -> tuple[Array, Array]:
         skew, t = bounded(raw)
-        inner = jnp.arcsinh(y / width)
-        x = width * jnp.sinh((inner - skew) * jnp.exp(-t))
-        return x, -log_slope(t, x, inner)
+        outer = jnp.arcsinh(y / width)
+        inner = (outer - skew) * jnp.exp(-t)
+        return width * jnp.sinh(inner), log_cosh(inner) - log_cosh(outer) - t
 
     return Elementwise(2, forward, inverse)
 

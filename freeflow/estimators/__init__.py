@@ -1,7 +1,7 @@
 """FEP, BAR, MBAR and how far to trust them; float64 throughout.
 
-`two_state` turns work into free energies, `multistate` reduced potentials; `diagnostics` says
-whether the answer and its error bar can be believed.
+`two_state` turns work into free energies, `multistate` reduced potentials; `timeseries` counts
+independent samples; `diagnostics` says whether the answer and its error bar can be believed.
 """
 
 from freeflow.estimators.diagnostics import (
@@ -16,14 +16,15 @@ from freeflow.estimators.diagnostics import (
     overlap,
     pareto_k,
     reliability,
-    statistical_inefficiency,
 )
 from freeflow.estimators.multistate import MBAREstimate, mbar
+from freeflow.estimators.timeseries import Equilibration, equilibrated, statistical_inefficiency
 from freeflow.estimators.two_state import ESTIMATORS, Estimator, bar, fep, record, require_float64
 
 __all__ = [
     "ESTIMATORS",
     "Diagnostics",
+    "Equilibration",
     "Estimator",
     "MBAREstimate",
     "bar",
@@ -31,6 +32,7 @@ __all__ = [
     "diagnose",
     "drift",
     "effective_sample_size",
+    "equilibrated",
     "fep",
     "hill_k",
     "hysteresis",

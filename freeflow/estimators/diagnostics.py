@@ -189,27 +189,6 @@ def _z(difference: float, error: float) -> float:
     return difference / error
 
 
-def statistical_inefficiency(series: Samples) -> float:
-    """Statistical inefficiency g >= 1 of a stationary series (n,): n / g of its values are independent.
-
-    The normalised autocorrelation is summed up to its first crossing of zero, after a lag of 3 at
-    least. A constant series has g = 1.
-
-    References: Chodera, Swope, Pitera, Seok and Dill, J. Chem. Theory Comput. 3, 26 (2007).
-    """
-    x = np.asarray(samples_of(series, "series"))
-    n = x.size
-    if n < 3 or np.ptp(x) == 0:
-        return 1.0
-    spectrum = np.fft.rfft(x - x.mean(), 2 * n)
-    sums = np.fft.irfft(np.abs(spectrum) ** 2, 2 * n)[:n]
-    lag = np.arange(1, n - 1)
-    correlation = (sums[1 : n - 1] / (n - lag)) / (sums[0] / n)
-    crossed = np.flatnonzero((correlation <= 0) & (lag > 3))
-    end = crossed[0] if crossed.size else lag.size
-    return float(max(1.0, 1 + 2 * np.sum(correlation[:end] * (1 - lag[:end] / n))))
-
-
 def _sides(work: Work, estimator: str, delta_f: float, inefficiency: tuple[float, float]):
     """(log weights, g) of every average that the estimator takes the logarithm of."""
     if estimator == "fep":
