@@ -199,13 +199,13 @@ def crystal_system(
         )
     else:
         table = neighbour_table(crystal, 1.0001 * potential.cutoff)
-    spacing = nearest_neighbour_distance(crystal)
-    # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
-    wide = table if nearest_image_only else neighbour_table(crystal, potential.cutoff + spacing)
     beta = 1.0 / (units.boltzmann * temperature)
     energy_of_lattice = lattice_energy(potential, table)
     if not math.isfinite(energy_of_lattice):
         raise InputError("potential: the energy of the perfect lattice is not a finite number; check density and units")
+    spacing = nearest_neighbour_distance(crystal)
+    # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
+    wide = table if nearest_image_only else neighbour_table(crystal, potential.cutoff + spacing)
     n = crystal.n_atoms
     constants = {
         "lattice energy": beta * energy_of_lattice,

@@ -217,9 +217,15 @@ def nearest_image_table(crystal: Crystal) -> NeighbourTable:
 
 def nearest_neighbour_distance(crystal: Crystal) -> float:
     """Shortest distance between two sites, periodic images included [length]."""
-    # No packing of spheres is denser than fcc: some pair is closer than 2^(1/6) (V/N)^(1/3).
-    table = neighbour_table(crystal, 1.2 * (crystal.volume / crystal.n_atoms) ** (1 / 3))
-    return float(np.linalg.norm(table.offset, axis=-1).min())
+    from vesin import NeighborList
+
+    # No packing of spheres is denser than fcc: some pair is closer than 2^(1/6) (V/N)^(1/3). In units of that
+    # spacing a density in the wrong unit does not reach the neighbour list's own limits.
+    scale = (crystal.volume / crystal.n_atoms) ** (1 / 3)
+    (distances,) = NeighborList(cutoff=1.2, full_list=False).compute(
+        points=crystal.sites / scale, box=crystal.cell / scale, periodic=True, quantities="d"
+    )
+    return scale * float(distances.min())
 
 
 def site_indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:

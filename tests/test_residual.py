@@ -397,13 +397,11 @@ def test_a_shell_at_the_reach_is_seen(lattice, reach, number, constant):
 
 
 def test_rounding_leaves_bonds_in_one_order(tmp_path):
-    """Distances whose digits end where a rounding would: every cell must list its bonds alike."""
-    path = tmp_path / "decimals.extxyz"
-    cell = np.diag([6.001, 6.003, 5.999])
-    positions = np.array([[0, 0, 0], [2.001, 0.001, 0.003], [0.001, 2.999, 1.999]])
-    write(path, Atoms("CuNiAl", positions=positions, cell=cell, pbc=True))
-    crystal = structure_crystal(path, (3, 2, 2))
-    layers = sweep(crystal, 1.05, 2.9)
+    """Components that end where a rounding would, 0.5005 bonds: every cell must list its bonds alike."""
+    cell = 1.37 * np.array([[-1.001, 1.8, 1.0], [1.001, -1.8, 1.0], [1.001, 1.8, -1.0]])
+    write(tmp_path / "decimals.extxyz", Atoms("Cu", positions=[[0, 0, 0]], cell=cell, pbc=True))
+    crystal = structure_crystal(tmp_path / "decimals.extxyz", (5, 5, 5))
+    layers = sweep(crystal, 1.05, 1.3)
     for atoms, neighbours, bonds in zip(layers.atoms, layers.neighbours, layers.bonds, strict=True):
         steps = (crystal.sites[neighbours] - crystal.sites[atoms][:, None] - bonds) @ np.linalg.inv(crystal.cell)
         np.testing.assert_allclose(steps, np.rint(steps), atol=1e-9)
