@@ -410,4 +410,13 @@ def parameters(checkpoint: Checkpoint, flow: Flow, system: System) -> Params:
         def init(key: Any) -> Params:
             return flow.bijector.init(key, flow.reference.sample(key, state), state)
 
-        return restore(small, _PARAMETERS, jax.eval_shape(init, jax.random.key(0)))
+        like = jax.eval_shape(init, jax.random.key(0))
+        try:
+            return restore(small, _PARAMETERS, like)
+        except InputError:
+            if checkpoint.system["n_atoms"] == system.n_atoms:
+                raise
+            raise InputError(
+                f"made for {checkpoint.system['n_atoms']} atoms; the repeats of these {system.n_atoms} give the sites "
+                "other colours, and its parameters do not fit; take other repeats, or train a flow for this size"
+            ) from None
