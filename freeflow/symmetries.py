@@ -161,12 +161,14 @@ def site_colours(crystal: Crystal, distance: float) -> np.ndarray:
 def _coarsest(index: int, primitive: np.ndarray, supercell: np.ndarray, distance: float) -> np.ndarray | None:
     """The sublattice of an index with the largest spacing beyond `distance`, in the primitive basis, if any.
 
-    Sublattices are Hermite normal forms. Vectors of the supercell itself lead to an atom's own image.
+    Sublattices are Hermite normal forms. Vectors of the supercell itself lead to an atom's own image, but they
+    count among the vectors that are shortest: the sublattice with most of these, the one most symmetric, comes
+    first among equals, whatever the supercell.
     """
     reach = np.indices((7, 7, 7)).reshape(3, -1).T - 3
     reach = reach[(reach != 0).any(axis=1)]
     into = np.linalg.inv(supercell)
-    best, spacing = None, distance
+    best, spacing, most = None, distance * (1 + 1e-6), 0
     for a in (a for a in range(1, index + 1) if index % a == 0):
         for b in (b for b in range(1, index // a + 1) if (index // a) % b == 0):
             c = index // (a * b)
@@ -177,10 +179,11 @@ def _coarsest(index: int, primitive: np.ndarray, supercell: np.ndarray, distance
                     continue
                 vectors = reach @ _integer_row_basis_short(form, primitive)
                 inside = np.abs(vectors @ into - np.rint(vectors @ into)).max(axis=1) < 1e-6
-                lengths = np.linalg.norm(vectors[~inside] @ primitive, axis=1)
-                nearest = lengths.min() if len(lengths) else np.inf
-                if nearest > spacing * (1 + 1e-6):
-                    best, spacing = form, nearest
+                lengths = np.linalg.norm(vectors @ primitive, axis=1)
+                nearest = lengths[~inside].min() if not inside.all() else np.inf
+                shortest = int(np.sum(lengths < lengths.min() * (1 + 1e-6)))
+                if nearest > spacing * (1 + 1e-6) or (nearest > spacing * (1 - 1e-6) and shortest > most):
+                    best, spacing, most = form, nearest, shortest
     return best
 
 

@@ -266,11 +266,10 @@ def test_a_repeated_configuration_gives_the_repeated_map(lattice, distance):
 @pytest.mark.parametrize(
     ("family", "distance"),
     [
-        (["mw_cubic_8", "mw_cubic_216"], 1.7),
-        (["mw_cubic_64", "mw_cubic_512"], 1.7),
+        (["mw_cubic_8", "mw_cubic_64", "mw_cubic_216", "mw_cubic_512"], 1.7),
         (["mw_hexagonal_64", "mw_hexagonal_512"], 1.7),
         (["mw_hexagonal_64", "mw_hexagonal_216", "mw_hexagonal_512"], 1.05),
-        (["lj_fcc_32", "lj_fcc_256"], 1.05),
+        (["lj_fcc_32", "lj_fcc_256", "lj_fcc_500"], 1.05),
     ],
 )
 def test_shipped_families_share_their_neighbourhoods(family, distance):
