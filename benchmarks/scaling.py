@@ -64,12 +64,8 @@ def main() -> None:
             atoms = repeats**3 * {"diamond": 8, "fcc": 4}[lattice]
             if atoms > arguments.largest:
                 continue
-            rows.append(
-                microseconds_per_atom(
-                    lattice, density, potential, repeats,
-                    arguments.fixed_batch, arguments.seconds,
-                )
-            )  # fmt: skip
+            settings = (repeats, arguments.fixed_batch, arguments.seconds)
+            rows.append(microseconds_per_atom(lattice, density, potential, *settings))
             print(f"{'':<16}{rows[-1][0]:>8}{rows[-1][1]:>10.4f}{rows[-1][2]:>10.1f}", flush=True)
         if len(rows) > 1:
             print(f"{'':<16}per-atom cost at {rows[-1][0]} over {rows[0][0]} atoms: {rows[-1][1] / rows[0][1]:.2f}")

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import Configuration, Ensemble, Key, Move, Numeric, Scalar, ThermodynamicState, Transport
 
-# Share of the velocity that survives a refreshment; see docs/bridge.md for the measurement.
+# Share of the velocity that survives a refreshment; see docs/method.md for the measurement.
 _PERSISTENCE = math.sqrt(0.7)
 _LARGEST_STEP = 1.4  # a quarter turn forgets the position altogether, and more turns it back
 ACCEPTANCE = 0.85  # aimed at by the step size

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +25,11 @@ import safetensors
 import safetensors.numpy
 
 from freeflow import flows
-from freeflow.errors import FreeflowError, InputError
+from freeflow.errors import InputError
 from freeflow.flows.core import Flow
 from freeflow.geometry import face_distances
 from freeflow.references import Gaussian
+from freeflow.result import write_atomically
 from freeflow.types import Crystal, Params, System, double_precision
 
 FORMAT = "freeflow flow"
@@ -51,6 +51,10 @@ class Checkpoint:
     arrays: Mapping[str, np.ndarray]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)  # settings, metrics, seconds; empty if not resumable
+
+
+class _Misfit(InputError):
+    """Parameters of another structure or shape than the flow's."""
 
 
 # ------------------------------------------------------------------------------ arrays and their names
@@ -77,11 +81,11 @@ def restore(arrays: Mapping[str, np.ndarray], group: str, like: Any) -> Any:
     missing = [name for name in names if name not in arrays]
     if missing or extra:
         what = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place in this flow"
-        raise InputError(f"its parameters do not fit the flow: {what}")
+        raise _Misfit(f"its parameters do not fit the flow: {what}")
     for name, (_, wanted) in zip(names, leaves, strict=True):
         found = arrays[name]
         if (found.shape, found.dtype) != (tuple(wanted.shape), np.dtype(wanted.dtype)):
-            raise InputError(
+            raise _Misfit(
                 f"its parameters do not fit the flow: {name} is {found.dtype} {list(found.shape)}, "
                 f"not {np.dtype(wanted.dtype)} {list(wanted.shape)}"
             )
@@ -111,7 +115,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     described = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "arrays"}
     content = json.dumps(described, default=_plain)
     metadata = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": _digest(content, arrays)}
-    _write(Path(path), safetensors.numpy.save(arrays, metadata))
+    write_atomically(path, safetensors.numpy.save(arrays, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -167,21 +171,6 @@ def parameters_only(checkpoint: Checkpoint) -> Checkpoint:
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    neighbour = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            with neighbour.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            neighbour.replace(path)
-        finally:
-            neighbour.unlink(missing_ok=True)
-    except OSError as error:
-        raise FreeflowError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _digest(content: str, arrays: Mapping[str, np.ndarray]) -> str:
@@ -413,7 +402,7 @@ def parameters(checkpoint: Checkpoint, flow: Flow, system: System) -> Params:
         like = jax.eval_shape(init, jax.random.key(0))
         try:
             return restore(small, _PARAMETERS, like)
-        except InputError:
+        except _Misfit:
             if checkpoint.system["n_atoms"] == system.n_atoms:
                 raise
             raise InputError(

@@ -26,7 +26,7 @@ from freeflow.flows import Flow, pulled_back
 from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, neighbour_table
 from freeflow.potentials import Potential, force_constants
 from freeflow.references import Fit, Gaussian, GaussianCrystal
-from freeflow.result import Result, Status, provenance
+from freeflow.result import Result, Status, format_with_error, provenance
 from freeflow.stopping import StoppingRule
 from freeflow.types import Ensemble, Params, Plan, System, double_precision
 from freeflow.work import BridgeSampler, Crossing
@@ -186,18 +186,29 @@ def _flow(system: System, plan: Plan, report: Report) -> LearnedFlow | None:
         return LearnedFlow(flow, params, spent)
     flow = checkpoints.build_flow(system, plan.flow.architecture or "", plan.flow.options, gaussian)
     settings = plan.flow.training
-
-    def tell(session: training.Session) -> None:
-        last, step, horizon = session.metrics[-1], int(session.state.step), int(session.state.horizon)
-        bound = last["bound_per_atom"]
-        text = f"step {step} of {horizon}, ESS {100 * last['ess_fraction']:.3g} %"
-        text += "" if bound is None else f", beta F below {bound:.5f} per atom"
-        report(Progress("training", step / horizon, text))
-
     report(Progress("training", None, "compiling"))
-    session = training.train_flow(flow, system, settings, plan.seed, tell)
+    session = training.train_flow(flow, system, settings, plan.seed, lambda now: report(training_progress(now)))
     spent["training"] = training.energy_evaluations(session, settings)
     return LearnedFlow(flow, session.state.average, spent)
+
+
+def training_progress(session: training.Session) -> Progress:
+    """Where training stands."""
+    last, step, horizon = session.metrics[-1], int(session.state.step), int(session.state.horizon)
+    text = f"step {step} of {horizon}, beta F below {format_bound(last)} per atom, ESS {format_ess(last)}"
+    return Progress("training", step / horizon, text)
+
+
+def format_bound(metrics: training.Metrics) -> str:
+    """Upper bound of beta F per atom [kT], with its error."""
+    if metrics["bound_per_atom"] is None:
+        return "not estimable"
+    return format_with_error(metrics["bound_per_atom"], metrics["bound_std_error"])
+
+
+def format_ess(metrics: training.Metrics) -> str:
+    """Effective sample size in per cent."""
+    return f"{100 * metrics['ess_fraction']:.3g} %"
 
 
 @dataclass
@@ -247,13 +258,11 @@ def _sampler(system: System, plan: Plan, learned: LearnedFlow | None = None) -> 
             f"wave vector {unstable.wave} of {crystal.group}; the {plan.reference} reference goes round them"
         )
     if not system.nearest_image_only:
-        swing = math.sqrt(2.0) * references.root_mean_square(crystal, blocks)
-        near = neighbour_table(crystal, potential.cutoff + min(_SKIN * swing, nearest_neighbour_distance(crystal)))
+        reach = nearest_neighbour_distance(crystal)
+        if learned is None or learned.flow.transferable:  # others start from wider references than the crystal's own
+            reach = min(_SKIN * math.sqrt(2.0) * references.root_mean_square(crystal, blocks), reach)
+        near = neighbour_table(crystal, potential.cutoff + reach)
     precision = _precision(system, plan, run_warnings)
-    if learned is not None and not learned.flow.transferable and not system.nearest_image_only:
-        near = neighbour_table(
-            crystal, potential.cutoff + nearest_neighbour_distance(crystal)
-        )  # its reference is a wide one
     cheap = target_ensemble(potential, near, precision)
     transport = bridges.bridge(recipe, seen(cheap), precision)
     batch = batch_size(potential, crystal.n_atoms)

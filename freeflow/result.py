@@ -372,21 +372,22 @@ def provenance(system: System, plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all: into a neighbour first, then renamed.
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file, text in UTF-8, whole or not at all: into a neighbour first, then renamed.
 
     Raises:
         FreeflowError: If it cannot be written; nothing is left behind.
     """
     target = _real(path)
+    data = content.encode() if isinstance(content, str) else content
     try:
         if target.exists() and not target.is_file():  # a pipe or a device cannot be replaced
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(data)
             return
         neighbour = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with neighbour.open("x", encoding="utf-8") as file:
-                file.write(text)
+            with neighbour.open("xb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             neighbour.replace(target)

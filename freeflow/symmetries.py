@@ -142,9 +142,12 @@ def site_colours(crystal: Crystal, distance: float) -> np.ndarray:
     rows = np.concatenate([n_translations * np.eye(3, dtype=int), whole])
     primitive = (_integer_row_basis(rows) / n_translations) @ crystal.cell
     supercell = np.rint(crystal.cell @ np.linalg.inv(primitive)).astype(int)
-    index = next(k for k in range(1, n_translations + 1) if _coarsest(k, primitive, supercell, distance) is not None)
-    sublattice = _coarsest(index, primitive, supercell, distance)
-    assert sublattice is not None
+    # The last index is that of the supercell itself, which always will do.
+    index, sublattice = next(
+        (k, form)
+        for k in range(1, n_translations + 1)
+        if (form := _coarsest(k, primitive, supercell, distance)) is not None
+    )
     # Translations of one coset have the same fractional part in the sublattice, in units of 1 / index.
     parts = np.rint(index * (np.rint(steps @ np.linalg.inv(primitive)) @ np.linalg.inv(sublattice))).astype(int) % index
     _, coset = np.unique(parts, axis=0, return_inverse=True)

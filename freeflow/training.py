@@ -229,7 +229,7 @@ def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int
     optimiser = optax.scale_by_adam()
     root = jax.random.fold_in(jax.random.key(seed), _STREAM)
     key_init, key_step, key_evaluation = (jax.random.fold_in(root, stream) for stream in range(3))
-    batch = -(-plan.batch_size // jax.local_device_count()) * jax.local_device_count()
+    batch = _whole_batch(plan)
 
     def init() -> TrainState:
         at = _cast(state, dtype)
@@ -286,6 +286,12 @@ def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int
         return jax.lax.map(work, keys).reshape(-1)
 
     return Trainer(init, step, advance, evaluate)
+
+
+def _whole_batch(plan: TrainingPlan) -> int:
+    """The plan's batch, rounded up to a multiple of the local devices."""
+    devices = jax.local_device_count()
+    return -(-plan.batch_size // devices) * devices
 
 
 def _cast(tree: Any, dtype: str) -> Any:
@@ -548,6 +554,6 @@ def train_flow(
 
 def energy_evaluations(session: Session, plan: TrainingPlan) -> int:
     """Energies, and gradients with them, that training has evaluated."""
-    batch = -(-plan.batch_size // jax.local_device_count()) * jax.local_device_count()
+    batch = _whole_batch(plan)
     tests = -(-_EVALUATION_SAMPLES // batch) * batch
     return int(session.state.step) * batch + len(session.metrics) * tests

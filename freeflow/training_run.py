@@ -19,9 +19,9 @@ from freeflow import checkpoints, config, pipeline, training
 from freeflow.checkpoints import FILE_NAME, Checkpoint
 from freeflow.errors import FreeflowError, InputError
 from freeflow.flows.core import Flow
-from freeflow.pipeline import Progress, Report
+from freeflow.pipeline import Progress, Report, format_bound, format_ess, training_progress
 from freeflow.references import Gaussian
-from freeflow.result import format_with_error, provenance, require_writable, write_atomically
+from freeflow.result import provenance, require_writable, write_atomically
 from freeflow.training import Compiled, Ending, Limits, Metrics, Session
 from freeflow.types import FlowPlan, Plan, System, TrainingPlan, double_precision
 
@@ -102,7 +102,7 @@ class TrainingResult:
     def summary(self) -> str:
         """One line: the bound of beta F per atom, the effective sample size, and how training ended."""
         last, ending = self.metrics[-1], self.ending.replace("_", " ")
-        return f"beta F / N below {_bound(last)}, ESS {_percent(last)}, {ending}"
+        return f"beta F / N below {format_bound(last)}, ESS {format_ess(last)}, {ending}"
 
     def render(self, console: Console) -> None:
         """Print the table."""
@@ -113,8 +113,8 @@ class TrainingResult:
         rows = [
             ("architecture", f"{self.flow.architecture}, {self.n_parameters} parameters", ""),
             ("steps", f"{self.step} of {self.horizon}", f"{last['skipped_steps']} skipped"),
-            ("beta F / N, upper bound", _bound(last), f"untrained {_bound(first)}"),
-            ("effective sample size", _percent(last), f"untrained {_percent(first)}"),
+            ("beta F / N, upper bound", format_bound(last), f"untrained {format_bound(first)}"),
+            ("effective sample size", format_ess(last), f"untrained {format_ess(first)}"),
             ("wall time", f"{self.wall_seconds:.1f} s", f"training in all {last['seconds']:.1f} s"),
             ("checkpoint", str(self.checkpoint), ""),
         ]
@@ -133,16 +133,6 @@ _SENTENCES: Mapping[Ending, str] = {
     "step_limit": "Stopped at the step asked for; --resume goes on.",
     "interrupted": "Interrupted; --resume goes on.",
 }
-
-
-def _bound(metrics: Metrics) -> str:
-    if metrics["bound_per_atom"] is None:
-        return "not estimable"
-    return format_with_error(metrics["bound_per_atom"], metrics["bound_std_error"])
-
-
-def _percent(metrics: Metrics) -> str:
-    return f"{100 * metrics['ess_fraction']:.3g} %"
 
 
 # ------------------------------------------------------------------------------ the job
@@ -289,7 +279,7 @@ def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun
     def watch(session: Session) -> None:
         if len(session.metrics) != saved[0] or time.monotonic() - saved[1] > _SAVE_SECONDS:
             keep(session)
-        report(_progress(session))
+        report(training_progress(session))
 
     keep(session)
     session, ending = training.run(session, run.compiled, run.settings, run.base, limits, watch)
@@ -311,13 +301,6 @@ def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun
         worse = "the bound is higher than that of the untrained flow; lower the learning rate or train for longer"
         return replace(result, warnings=(worse, *result.warnings))
     return result
-
-
-def _progress(session: Session) -> Progress:
-    state, last = session.state, session.metrics[-1]
-    step, horizon = int(state.step), int(state.horizon)
-    text = f"step {step} of {horizon}, beta F below {_bound(last)} per atom, ESS {_percent(last)}"
-    return Progress("training", step / horizon, text)
 
 
 def _warnings(session: Session) -> list[str]:

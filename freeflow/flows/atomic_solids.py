@@ -72,14 +72,15 @@ def atomic_solids(
         InputError: If an option is impossible.
     """
     crystal = system.crystal
-    for name, value in {
+    sizes = {
         "n_layers": n_layers,
         "n_blocks": n_blocks,
         "width": width,
         "n_heads": n_heads,
         "n_bins": n_bins,
         "n_frequencies": n_frequencies,
-    }.items():
+    }
+    for name, value in sizes.items():
         if value < 1:
             raise InputError(f"flow.{name}: must be at least 1, got {value}")
     if width % n_heads:
@@ -104,19 +105,11 @@ def atomic_solids(
     recipe, gaussian = _whitened(crystal, reference, float(stddev), radius, log_measure, system.state)
     return Flow(
         architecture="atomic_solids",
-        options={
-            "n_layers": n_layers,
-            "n_blocks": n_blocks,
-            "width": width,
-            "n_heads": n_heads,
-            "n_bins": n_bins,
-            "n_frequencies": n_frequencies,
-            "stddev": float(stddev),
-        },
+        options={**sizes, "stddev": float(stddev)},
         reference=reference,
         target=in_flow_coordinates(system.target),
         training_target=in_flow_coordinates(train),
-        bijector=axis_flow(n_layers, n_blocks, width, n_heads, n_bins, n_frequencies),
+        bijector=axis_flow(**sizes),
         log_measure=log_measure,
         displacements=displacements,
         coordinates=coordinates,

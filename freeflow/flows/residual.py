@@ -95,11 +95,11 @@ def residual(
             raise InputError(f"flow.{name}: must be above 1 and at most 4 nearest-neighbour distances, got {value:g}")
     layers = sweep(crystal, colour_distance, reach)
     recipe = gaussian_crystal(crystal)
+    exact = recipe.ensemble(gaussian)
     if scale is None:
-        scale = float(f"{_spread(recipe.ensemble(gaussian), layers, system.state):.3g}")
+        scale = float(f"{_spread(exact, layers, system.state):.3g}")
     if not scale > 0:
         raise InputError(f"flow.scale: must be positive, got {scale}")
-    exact = recipe.ensemble(gaussian)
 
     def sample(key: Key, state: ThermodynamicState) -> Array:
         return recipe.colour(gaussian, recipe.noise(key, jnp.asarray(state.beta).dtype))
