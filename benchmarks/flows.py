@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import freeflow as ff
-from freeflow import checkpoints, pipeline, training, trajectories
+from freeflow import checkpoints, preparation, training, trajectories
 from freeflow.estimators import bar, effective_sample_size
 from freeflow.estimators.timeseries import statistical_inefficiency
 from freeflow.flows import pulled_back
@@ -38,7 +38,7 @@ def one_shot_work(system, flow, params, n_samples, batch=64, seed=1):
 
 def loaded(system, checkpoint):
     return checkpoints.load_flow(
-        system, checkpoint, lambda: pipeline.fit_gaussian(system, system.plan, lambda _: None).gaussian
+        system, checkpoint, lambda: preparation.fit_gaussian(system, system.plan, lambda _: None).gaussian
     )
 
 
@@ -113,7 +113,7 @@ def steps(arguments):
     for name in arguments.systems:
         system = ff.load(name)
         with double_precision():
-            gaussian = pipeline.fit_gaussian(system, system.plan, lambda _: None).gaussian
+            gaussian = preparation.fit_gaussian(system, system.plan, lambda _: None).gaussian
             flow = checkpoints.build_flow(system, arguments.architecture, {}, functools.partial(lambda g: g, gaussian))
             plan = TrainingPlan(batch_size=arguments.batch_size, max_steps=10_000, loss=arguments.loss)
             made = training.trainer(flow, system.state, plan, 0)

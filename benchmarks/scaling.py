@@ -16,7 +16,7 @@ import numpy as np
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import neighbour_table
-from freeflow.pipeline import batch_size
+from freeflow.preparation import batch_size
 from freeflow.potentials import energy_and_gradient, lennard_jones, stillinger_weber
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}

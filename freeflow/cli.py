@@ -25,7 +25,7 @@ from freeflow import config
 from freeflow.errors import FreeflowError, InputError
 
 if TYPE_CHECKING:
-    from freeflow.pipeline import Progress
+    from freeflow.preparation import Progress
     from freeflow.result import Result
     from freeflow.training_run import TrainingResult
     from freeflow.types import Plan, System
@@ -125,9 +125,9 @@ def estimate(
         options["flow"] = {"checkpoint": checkpoint}
     plan = _revise(problem, options)
 
-    from freeflow import pipeline
+    from freeflow import pipeline, preparation
 
-    pipeline.enable_compilation_cache(_cache_folder(cache, quiet))
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
     with _progress(quiet) as report:
         result = pipeline.estimate(problem, plan, report)
     _print_result(result, json_path, quiet)
@@ -179,9 +179,9 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     plan = _training_plan(problem, given)
 
-    from freeflow import pipeline, training_run
+    from freeflow import preparation, training_run
 
-    pipeline.enable_compilation_cache(_cache_folder(cache, quiet))
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
     try:
         with _progress(quiet) as report:
             result = training_run.train(

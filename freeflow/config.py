@@ -33,7 +33,7 @@ from freeflow.units import UNIT_STYLES, UnitStyle, unit_style
 
 if TYPE_CHECKING:
     from freeflow.potentials import Potential
-    from freeflow.types import Crystal, FlowPlan, Plan, Published, System, TrainingPlan
+    from freeflow.types import Crystal, FlowPlan, Plan, Published, System, TrainingPlan, TrajectoryPlan
 
 MAX_FILE_BYTES = 1_000_000
 MAX_CELLS = 100_000
@@ -317,24 +317,74 @@ FlowSection = Annotated[
 ]
 
 
+def _frames(value: str) -> str:
+    found = re.fullmatch(r"(\d{0,15}):(\d{0,15})(?::(\d{0,15}))?", value)
+    if found is None:
+        raise _wrong(f"expected START:STOP:STRIDE in whole numbers, such as 100: or ::2, got {_show(value)}")
+    start, stop, stride = found.groups()
+    if stride and int(stride) == 0:
+        raise _wrong("the stride must be at least 1")
+    if stop and int(stop) <= int(start or 0):
+        raise _wrong(f"no frames lie in {value}")
+    return value
+
+
+def _file_alone(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
+
+
+class TrajectorySection(Section):
+    """Frames of another program as samples of the target; a file name alone will do."""
+
+    file: Text = Field(description="from the system file's folder")
+    topology: Text | None = Field(default=None, description="checked against the system; no format needs one")
+    frames: Annotated[str, Field(max_length=60), AfterValidator(_frames)] = Field(
+        default=":", description="START:STOP:STRIDE, as in Python"
+    )
+    sigma: Literal["angstrom", "nm"] | None = Field(
+        default=None, description="what one sigma is stored as, where lj units meet a file without a cell"
+    )
+
+    def plan(self, folder: Path) -> TrajectoryPlan:
+        """The same as the record that the pipeline takes."""
+        from freeflow.types import TrajectoryPlan
+
+        topology = None if self.topology is None else str((folder / self.topology).absolute())
+        return TrajectoryPlan(str((folder / self.file).absolute()), topology, self.frames, self.sigma)
+
+
 class EstimateSection(Section):
     """How to estimate."""
 
     reference: Literal["einstein", "harmonic", "self_consistent"] = "self_consistent"
     flow: FlowSection | None = None
     bridge: BridgeSection | None = BridgeSection()
-    estimator: Literal["fep", "bar"] = "fep"
+    estimator: Literal["fep", "bar"] = Field(default="fep", description="bar if there is a trajectory")
+    trajectory: Annotated[TrajectorySection | None, BeforeValidator(_file_alone)] = None
     target_error: float = Field(default=1e-4, gt=0, description="one standard error [kT per atom]")
     max_samples: int = Field(default=100_000, ge=2, le=10**10)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     precision: Literal["float32", "float64"] = "float32"
 
+    @model_validator(mode="after")
+    def _used(self) -> EstimateSection:
+        if self.trajectory is not None and self.estimator == "fep":
+            if "estimator" in self.model_fields_set:
+                raise _wrong("fep makes no use of a trajectory; use bar", ("estimator",))
+            return self.model_copy(update={"estimator": "bar"})
+        return self
+
     def plan(self, folder: Path = Path()) -> Plan:
         """The same as the record that the pipeline takes; relative paths start at `folder`."""
         from freeflow.types import Plan
 
-        values = self.model_dump(exclude={"flow", "bridge"})
-        return Plan(bridge=self.bridge and self.bridge.stages, flow=self.flow and self.flow.plan(folder), **values)
+        values = self.model_dump(exclude={"flow", "bridge", "trajectory"})
+        return Plan(
+            bridge=self.bridge and self.bridge.stages,
+            flow=self.flow and self.flow.plan(folder),
+            trajectory=self.trajectory and self.trajectory.plan(folder),
+            **values,
+        )
 
 
 class PublishedSection(Section):
@@ -407,6 +457,7 @@ _SECTIONS: dict[tuple[str, ...], type[Section]] = {
     ("structure",): StructureSection,
     ("estimate",): EstimateSection,
     ("estimate", "bridge"): BridgeSection,
+    ("estimate", "trajectory"): TrajectorySection,
     ("estimate", "flow", "training"): TrainingSection,
     ("published",): PublishedSection,
 }
@@ -477,12 +528,15 @@ def revise(plan: Plan, **changes: Any) -> Plan:
     Raises:
         InputError: If there is no such value or it is impossible; the message starts with its name.
     """
-    from freeflow.types import FlowPlan
+    from freeflow.types import FlowPlan, TrajectoryPlan
 
     values = {**vars(plan), **changes}
-    bridge, flow = values.pop("bridge"), values.pop("flow")
+    bridge, flow, trajectory = (values.pop(name) for name in ("bridge", "flow", "trajectory"))
     values["bridge"] = None if bridge is None else {"stages": bridge}
     values["flow"] = flow.values() if isinstance(flow, FlowPlan) else flow
+    values["trajectory"] = dict(vars(trajectory)) if isinstance(trajectory, TrajectoryPlan) else trajectory
+    if changes.get("trajectory") is not None and "estimator" not in changes:
+        values["estimator"] = "bar"
     return _validate(EstimateSection, values, "", {}, ("estimate",)).plan()
 
 
@@ -549,6 +603,9 @@ def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]
     flow = values["estimate"]["flow"] or {}
     if flow.get("checkpoint", "shipped") != "shipped":
         flow["checkpoint"] = str((folder / flow["checkpoint"]).absolute())
+    trajectory = values["estimate"]["trajectory"] or {}
+    for key in {"file", "topology"} & {*trajectory}:
+        trajectory[key] = str((folder / trajectory[key]).absolute())
     return values
 
 

@@ -88,6 +88,9 @@ class Result:
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quantity: str = "helmholtz_free_energy"
+    trajectory: Mapping[str, Any] | None = None  # what the samples of the target were taken from
+    profile: Any = None  # freeflow.comparison.Profile: g(r) of the target, where it was asked for
+    observed: Any = None  # what an observer made of the forward samples, one row each
 
     def __post_init__(self) -> None:
         terms = list(self.components.values())
@@ -162,6 +165,7 @@ class Result:
             "wall_seconds": {key: self.wall_seconds.get(key) for key in ("total", "compile", "reference", "sampling")},
             "status": self.status,
             "warnings": self.warnings,
+            "trajectory": self.trajectory,
             "published": published
             and {
                 "beta_f_per_atom": published.beta_f_per_atom,
@@ -357,8 +361,9 @@ def provenance(system: System, plan: Plan) -> dict[str, Any]:
     device = jax.devices()[0]
     kind = getattr(device, "device_kind", device.platform)
     same = kind == device.platform
-    estimate = {name: value for name, value in vars(plan).items() if name not in {"flow", "bridge"}}
+    estimate = {name: value for name, value in vars(plan).items() if name not in {"flow", "bridge", "trajectory"}}
     estimate["flow"] = plan.flow and plan.flow.values()
+    estimate["trajectory"] = plan.trajectory and dict(vars(plan.trajectory))
     estimate["bridge"] = None if plan.bridge is None else {"stages": plan.bridge}
     return {
         "freeflow": _version("freeflow"),

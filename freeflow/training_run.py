@@ -15,11 +15,11 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from freeflow import checkpoints, config, pipeline, training
+from freeflow import checkpoints, config, preparation, training
 from freeflow.checkpoints import FILE_NAME, Checkpoint
 from freeflow.errors import FreeflowError, InputError
 from freeflow.flows.core import Flow
-from freeflow.pipeline import Progress, Report, format_bound, format_ess, training_progress
+from freeflow.preparation import Progress, Report, format_bound, format_ess, training_progress
 from freeflow.references import Gaussian
 from freeflow.result import provenance, require_writable, write_atomically
 from freeflow.training import Compiled, Ending, Limits, Metrics, Session
@@ -206,7 +206,7 @@ def _set_out(system: System, plan: Plan, folder: Path, report: Report, begun: fl
     fits: list[Gaussian] = []
 
     def gaussian() -> Gaussian:
-        fits.append(pipeline.fit_gaussian(system, plan, report).gaussian)
+        fits.append(preparation.fit_gaussian(system, plan, report).gaussian)
         return fits[-1]
 
     flow = checkpoints.build_flow(system, wanted.architecture or DEFAULT_ARCHITECTURE, wanted.options, gaussian)
@@ -235,7 +235,7 @@ def _take_up(
             if key not in {"max_steps", "max_minutes"} and value != own[key]:
                 option = f"--{key.replace('_', '-')}"
                 raise InputError(f"{option}: this run has {own[key]}, and a resumed run keeps it; got {value}")
-        flow = checkpoints.rebuild(checkpoint, system, lambda: pipeline.fit_gaussian(system, plan, report).gaussian)
+        flow = checkpoints.rebuild(checkpoint, system, lambda: preparation.fit_gaussian(system, plan, report).gaussian)
         run, trainer = _prepared(system, plan, settings, folder, flow, checkpoints.reference(checkpoint), report)
         state = checkpoints.restore(checkpoint.arrays, "state", jax.eval_shape(trainer.init))
     except InputError as error:

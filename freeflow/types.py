@@ -179,6 +179,22 @@ class FlowPlan:
 
 
 @dataclass(frozen=True)
+class TrajectoryPlan:
+    """Frames of another program that stand for samples of the target."""
+
+    file: str
+    topology: str | None = None  # checked against the system; no format needs one
+    frames: str = ":"  # START:STOP:STRIDE, as in Python
+    sigma: str | None = None  # angstrom | nm: what one sigma is stored as, if lj units and no cell in the file
+
+    @property
+    def slice(self) -> dict[str, int | None]:
+        """`start`, `stop` and `stride` as `freeflow.trajectories.read` takes them."""
+        start, stop, stride, *_ = [*self.frames.split(":"), "", ""]
+        return {"start": int(start or 0), "stop": int(stop) if stop else None, "stride": int(stride or 1)}
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to estimate: the `estimate:` section of system.yaml with every default filled in."""
 
@@ -190,6 +206,7 @@ class Plan:
     seed: int = 0
     precision: str = "float32"  # of the energy kernels; estimators are always float64
     flow: FlowPlan | None = None  # a learned map between the reference and the bridge
+    trajectory: TrajectoryPlan | None = None  # where the samples of the target for bar come from; else from the bridge
 
 
 @dataclass(frozen=True)

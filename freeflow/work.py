@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,9 @@ from jaxtyping import Array
 from freeflow import bridge as bridges
 from freeflow.bridge import Bridge, BridgeParams, Pilot, Schedule, Segment, Walker
 from freeflow.references import Gaussian, GaussianCrystal
-from freeflow.types import Ensemble, Key, ThermodynamicState, Transport, double_precision
+from freeflow.types import Configuration, Ensemble, Key, ThermodynamicState, Transport, double_precision
 
+R = TypeVar("R")
 _PILOT_SAMPLES = 128  # at least
 OnSegment = Callable[[int], None]  # told the energy evaluations of every piece of the way
 
@@ -58,6 +59,18 @@ class Crossing(NamedTuple):
     parents: np.ndarray  # (batch,) which forward sample each reverse one came from, or (0,)
     correction: np.ndarray  # (batch,) last switch: exact target minus the bridge's cheap kernel [kT]
     acceptance: float  # mean over samples and stages
+    observed: Any = None  # what `observe` made of the arrivals
+
+
+class Coordinates(NamedTuple):
+    """How configurations of a bridge's target and displacements from the sites follow from each other."""
+
+    displacements: Callable[[Configuration], Array]  # (n_atoms, 3), mean-free [length]
+    configuration: Callable[[Array], Configuration]  # the inverse
+
+
+PLAIN = Coordinates(lambda x: x, lambda u: u)
+Observe = Callable[[np.ndarray], Any]  # displacements (batch, n_atoms, 3) -> arrays with one row per sample
 
 
 def n_workers() -> int:
@@ -73,7 +86,8 @@ class BridgeSampler:
     Sample i of batch b depends on (seed, b, i) only: the number of cores changes nothing. What is
     compiled serves every fit and every schedule, and is compiled in the background on demand:
     "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the switch
-    from the bridge's kernel to the exact target.
+    from the bridge's kernel to the exact target, "displacements" tells where walkers are, and "whiten" puts given
+    displacements onto the bridge.
     """
 
     def __init__(
@@ -84,9 +98,10 @@ class BridgeSampler:
         state: ThermodynamicState,
         batch: int,
         seed: int,
+        coordinates: Coordinates = PLAIN,
     ):
         self.recipe, self.bridge, self.target = recipe, bridge, target
-        self.state, self.batch, self.seed = state, batch, seed
+        self.state, self.batch, self.seed, self.coordinates = state, batch, seed, coordinates
         self.workers = n_workers()
         self.energy_evaluations: Counter[str] = Counter()  # training, reference, tuning, sampling, checks
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="freeflow")
@@ -109,6 +124,11 @@ class BridgeSampler:
         walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)
         if name == "exact":
             piece = jax.jit(jax.vmap(self._exact, (None, 0))).lower(like, walker)
+        elif name == "displacements":
+            piece = jax.jit(jax.vmap(self._displacements, (None, 0))).lower(like, walker.z)
+        elif name == "whiten":
+            shape = (self.batch, self.recipe.crystal.n_atoms, 3)
+            piece = jax.jit(jax.vmap(self._whiten, (None, 0))).lower(like, jax.ShapeDtypeStruct(shape, "float64"))
         else:
             move = self.bridge.forward_segment if name == "forward" else self.bridge.reverse_segment
             over_batch = jax.jit(jax.vmap(move, (None, 0, 0, None, None)), donate_argnums=2)
@@ -118,6 +138,12 @@ class BridgeSampler:
     def _exact(self, gaussian: Gaussian, walker: Walker) -> Array:
         y = self.recipe.colour(gaussian, walker.z.astype("float64"))
         return self.target.reduced_potential(y, self.state) - walker.u_b
+
+    def _displacements(self, gaussian: Gaussian, z: Array) -> Array:
+        return self.coordinates.displacements(self.recipe.colour(gaussian, z.astype("float64")))
+
+    def _whiten(self, gaussian: Gaussian, displacements: Array) -> Array:
+        return self.recipe.whiten(gaussian, self.coordinates.configuration(displacements)).astype(self._launch_dtype)
 
     def stop(self) -> None:
         """Ask batches in flight to end after their current segment."""
@@ -183,10 +209,19 @@ class BridgeSampler:
             on_segment(self.batch * int(segment.count))
         return walker
 
-    def _cross(self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment) -> Crossing | None:
+    def displacements(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
+        """Where walkers stand (batch, n_atoms, 3) [length]."""
+        return np.asarray(self.compile("displacements", gaussian).result()(gaussian, walker.z))
+
+    def _cross(
+        self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment, observe: Observe | None
+    ) -> Crossing | None:
         gaussian, keys = params.gaussian, self._keys(index)
+        see = (lambda _: None) if observe is None else lambda walker: observe(self.displacements(gaussian, walker))
         if not len(params.schedule.counts):
-            return self._direct(gaussian, keys)
+            walker = self._launch(keys)
+            work, nothing = self._switched(gaussian, walker), np.empty(0)
+            return Crossing(work, nothing, nothing.astype(int), np.zeros(self.batch), 1.0, see(walker))
         walker = self._launched(gaussian, keys, "sampling")
         walker = self._walk("forward", params, keys, walker, on_segment)
         if walker is None:
@@ -194,10 +229,10 @@ class BridgeSampler:
         stages = int(params.schedule.counts.sum())
         acceptance = (float(np.mean(walker.accepted)) - 1) / max(stages, 1)
         correction = self._correct(gaussian, walker)
-        forward = np.asarray(walker.work) + correction
+        forward, observed = np.asarray(walker.work) + correction, see(walker)
         nothing = np.empty(0)
         if not settle:
-            return Crossing(forward, nothing, nothing.astype(int), correction, acceptance)
+            return Crossing(forward, nothing, nothing.astype(int), correction, acceptance, observed)
         # Arrivals, resampled by their weights and left to settle, stand for samples of the target.
         rng = np.random.default_rng([self.seed, index])
         parents = systematic_resample(-forward, rng)
@@ -212,17 +247,52 @@ class BridgeSampler:
         walker = self._walk("reverse", params, keys, walker._replace(work=jax.numpy.zeros(self.batch)), on_segment)
         if walker is None:
             return None
-        return Crossing(forward, np.asarray(walker.work) - departure, parents, correction, acceptance)
+        return Crossing(forward, np.asarray(walker.work) - departure, parents, correction, acceptance, observed)
 
-    def _direct(self, gaussian: Gaussian, keys: Array) -> Crossing:
-        """No bridge: the work of switching from the reference to the target at once."""
-        walker = self._launch(keys)
+    def _switched(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
+        """Work of switching from the reference to the target at once [kT]; walkers know no energy yet."""
         z = np.asarray(walker.z, np.float64)
-        work = self._correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
-        return Crossing(work, np.empty(0), np.empty(0, int), np.zeros(self.batch), 1.0)
+        return self._correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
+
+    def _cross_back(
+        self, params: BridgeParams, index: int, frames: np.ndarray, on_segment: OnSegment
+    ) -> np.ndarray | None:
+        gaussian, keys, n = params.gaussian, self._keys(index), len(frames)
+        # The last batch is filled up with its last frame: one shape compiles once.
+        whole = np.concatenate([frames, np.broadcast_to(frames[-1], (self.batch - n, *frames.shape[1:]))])
+        z = self.compile("whiten", gaussian).result()(gaussian, np.asarray(whole, np.float64))
+        walker = self._launch(keys)._replace(z=z)
+        if not len(params.schedule.counts):
+            # Displacements that the reference never gives, beyond where it ends, have infinite u_A.
+            work = -self._switched(gaussian, walker)
+            lost = np.isnan(np.asarray(z)).any(axis=(1, 2))
+            return np.where(lost, np.nan, np.where(np.isfinite(work), work, np.inf))[:n]
+        walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(), "sampling")
+        departure = self._correct(gaussian, walker)
+        walker = self._walk("reverse", params, keys, walker, on_segment)
+        return None if walker is None else (np.asarray(walker.work) - departure)[:n]
+
+    def cross_back(
+        self, params: BridgeParams, frames: np.ndarray, on_segment: OnSegment = lambda _: None
+    ) -> list[Future[np.ndarray | None]]:
+        """Begin to carry given samples of the target (n, n_atoms, 3), batch by batch, to the reference.
+
+        Each batch ends as the work of its frames [kT], or None if stopped.
+        """
+        batches = [frames[first : first + self.batch] for first in range(0, len(frames), self.batch)]
+        return [
+            # Far from the batches of the run, so that no random number serves twice.
+            self._threads.submit(_in_this_thread, self._cross_back, params, 3 * 2**29 + k, batch, on_segment)
+            for k, batch in enumerate(batches)
+        ]
 
     def cross(
-        self, params: BridgeParams, indices: Iterable[int], on_segment: OnSegment = lambda _: None, settle: int = 0
+        self,
+        params: BridgeParams,
+        indices: Iterable[int],
+        on_segment: OnSegment = lambda _: None,
+        settle: int = 0,
+        observe: Observe | None = None,
     ) -> list[Future[Crossing | None]]:
         """Begin to carry batches over the bridge; each ends as a `Crossing`, or None if stopped.
 
@@ -231,9 +301,11 @@ class BridgeSampler:
             indices: Numbers of the batches; they choose the random numbers.
             on_segment: Told the energy evaluations of every piece of the way, from other threads.
             settle: If positive, stages that arrivals spend at the target before they go back.
+            observe: Told the displacements of the arrivals, from other threads.
         """
         return [
-            self._threads.submit(_in_this_thread, self._cross, params, index, settle, on_segment) for index in indices
+            self._threads.submit(_in_this_thread, self._cross, params, index, settle, on_segment, observe)
+            for index in indices
         ]
 
     def pilot(
@@ -268,6 +340,15 @@ class BridgeSampler:
             on_segment(pace.lam)
         lost = np.mean([~np.isfinite(self._correct(gaussian, walker)) for walker in walkers])
         return pace.pilot(float(lost))
+
+
+def completed(jobs: Iterable[Future[R | None]], wait_for_all: bool = False) -> list[R]:
+    """What jobs came to that were not stopped; those that have not begun are called off, unless told to wait."""
+    jobs = list(jobs)
+    for job in jobs if not wait_for_all else ():
+        job.cancel()
+    done = [job.result() for job in jobs if not job.cancelled()]
+    return [result for result in done if result is not None]
 
 
 def systematic_resample(log_weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:

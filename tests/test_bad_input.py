@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from freeflow import cli, pipeline, result
+from freeflow import cli, preparation, result
 
 ROOT = Path(__file__).parent.parent
 LJ = {
@@ -27,7 +27,7 @@ STEADY = "potential: {kind: lennard_jones, cutoff: 1.5}"  # fits twice into the 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
     """Run `freeflow estimate` on a file with some lines replaced: (status, stdout, stderr)."""
-    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda folder: None)  # keep the tests' own
+    monkeypatch.setattr(preparation, "enable_compilation_cache", lambda folder: None)  # keep the tests' own
     monkeypatch.chdir(tmp_path)
 
     def run(*options, **lines):

@@ -18,7 +18,7 @@ import toy_flows as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeflow import checkpoints, config, flows, pipeline, training_run
+from freeflow import checkpoints, config, flows, preparation, training_run
 from freeflow.checkpoints import Checkpoint, difference, fingerprint, flatten, restore
 from freeflow.errors import FreeflowError, InputError
 from freeflow.types import FlowPlan, Plan, TrainingPlan
@@ -253,7 +253,7 @@ def test_shipped_flows_are_found_by_family(tmp_path, made_for):
 def toy_architecture(monkeypatch):
     """The architecture `residual` is one parameter, and its reference takes no fit."""
     monkeypatch.setattr(flows, "residual", toy.residual)
-    monkeypatch.setattr(pipeline, "fit_gaussian", toy.fit_gaussian)
+    monkeypatch.setattr(preparation, "fit_gaussian", toy.fit_gaussian)
 
 
 def plan_for(**training):
@@ -271,7 +271,7 @@ def finished(system, tmp_path_factory):
     """A whole run, and its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flows, "residual", toy.residual)
-        patch.setattr(pipeline, "fit_gaussian", toy.fit_gaussian)
+        patch.setattr(preparation, "fit_gaussian", toy.fit_gaussian)
         folder = tmp_path_factory.mktemp("runs") / "whole"
         told = []
         result = training_run.train(system, folder, plan_for(), told.append, command="freeflow train x")

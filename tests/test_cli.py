@@ -45,8 +45,9 @@ def pipeline(monkeypatch, tmp_path):
     fake.estimate = estimate
     fake.Progress = Progress
     fake.enable_compilation_cache = lambda path: setattr(calls, "cache", path)
-    monkeypatch.setitem(sys.modules, "freeflow.pipeline", fake)
-    monkeypatch.setattr(freeflow, "pipeline", fake, raising=False)
+    for name in ("pipeline", "preparation"):
+        monkeypatch.setitem(sys.modules, f"freeflow.{name}", fake)
+        monkeypatch.setattr(freeflow, name, fake, raising=False)
     monkeypatch.setattr(config, "load", lambda source: fake_system())
     monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -139,7 +139,7 @@ BAD_VALUES = [
         "estimate:\n  target_error: 1e-4",
         "estimate: 3",
         "s.yaml:6: estimate: expected a section with the keys reference, "
-        "flow, bridge, estimator, target_error, max_samples, seed, precision, got 3",
+        "flow, bridge, estimator, trajectory, target_error, max_samples, seed, precision, got 3",
     ),
     ("1e-4", "0", "s.yaml:7: estimate.target_error: must be greater than 0, got 0"),
     ("1e-4", "1_000", "s.yaml:7: estimate.target_error: expected a number, got '1_000'"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import freeflow as ff
-from freeflow import cli, pipeline, work
+from freeflow import cli, preparation, work
 from freeflow.errors import InputError
 
 LOOSE = {"target_error": 0.004, "max_samples": 5_000}
@@ -125,7 +125,7 @@ def test_another_seed_gives_other_numbers(default, variants):
 
 def test_progress_tells_phases_in_order(default):
     _, reports = default
-    assert all(isinstance(report, pipeline.Progress) for report in reports)
+    assert all(isinstance(report, preparation.Progress) for report in reports)
     phases = list(dict.fromkeys(report.phase for report in reports))
     assert phases == ["reference", "tuning", "sampling"]
     assert all(report.fraction is None or 0 <= report.fraction <= 1 for report in reports)
@@ -157,7 +157,7 @@ CONTRACT = {
 
 
 def test_the_command_line_writes_the_contract(capsys, tmp_path, monkeypatch, default):
-    monkeypatch.setattr(pipeline, "enable_compilation_cache", lambda folder: None)  # keep the tests' own
+    monkeypatch.setattr(preparation, "enable_compilation_cache", lambda folder: None)  # keep the tests' own
     path = tmp_path / "out.json"
     arguments = ["estimate", "mw_cubic_8", "--target-error", "0.004", "--max-samples", "5000", "--seed", "5"]
     status = cli.main([*arguments, "--json", str(path), "--quiet"])

@@ -1,21 +1,31 @@
 """Trajectories of other programs as samples of a crystal.
 
-`files` streams frames, `alignment` turns them into displacements from the sites, and `recomputed`
-gives their energies in the system's own potential.
+`files` streams frames, `alignment` turns them into displacements from the sites, `recomputed`
+gives their energies in the system's own potential, and `series` does all of it in one pass. `equilibrium` says
+which frames are samples of the target.
 """
 
 from freeflow.trajectories.alignment import Aligned, to_displacements
+from freeflow.trajectories.equilibrium import Equilibrium, equilibrium
 from freeflow.trajectories.files import Frames, read, topology
 from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision
+from freeflow.trajectories.series import FrameSeries, frame_series
+from freeflow.trajectories.writing import check_writable, write
 
 __all__ = [
     "Aligned",
     "EnergyComparison",
+    "Equilibrium",
+    "FrameSeries",
     "Frames",
+    "check_writable",
     "compare_energies",
     "energies",
     "energy_precision",
+    "equilibrium",
+    "frame_series",
     "read",
     "to_displacements",
     "topology",
+    "write",
 ]

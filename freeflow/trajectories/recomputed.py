@@ -24,6 +24,7 @@ class EnergyComparison(NamedTuple):
     unit: str  # that the file's energies are in, or were taken to be in
     agrees: bool | None  # None: nothing to compare
     verdict: str  # one line
+    offset: float | None = None  # by which all energies of the file are higher, if that is all that differs [energy]
 
 
 def energies(
@@ -76,7 +77,7 @@ def _gradients(reduced_potential: Callable[..., Any]) -> Callable[..., jax.Array
 
 # How many of the style's energy units one unit is, for those that trajectories carry besides: ASE writes eV,
 # mdtraj kJ/mol, whatever the program before them meant.
-_OTHER_ENERGIES = {
+OTHER_ENERGIES = {
     "real": {"eV": 23.060547830619, "kJ/mol": 1 / 4.184},
     "metal": {"kJ/mol": 1 / 96.48533212331, "kcal/mol": 1 / 23.060547830619},
 }
@@ -107,7 +108,7 @@ def compare_energies(
         return EnergyComparison(0, math.nan, precision, own, None, "no energies to compare")
     # Numbers near -1000 carry rounding of their own.
     bound = precision + 1e-9 * float(np.abs(mine).max())
-    for unit, factor in {own: 1.0, **_OTHER_ENERGIES.get(units.name if units else "", {})}.items():
+    for unit, factor in {own: 1.0, **OTHER_ENERGIES.get(units.name if units else "", {})}.items():
         worst = float(np.abs(theirs * factor - mine).max())
         if worst <= bound:
             text = f"energies in the file are reproduced to {worst:.2g} {own}".rstrip()
@@ -120,8 +121,6 @@ def compare_energies(
         f"energies in the file differ by up to {worst:.4g} {own}".rstrip()
         + f" (their rounding explains {precision:.2g})"
     )
-    if np.abs(difference - offset).max() <= bound:
-        text += f", always by {offset:.6g}: another zero of energy?"
-    else:
-        text += ": another potential, cutoff or unit?"
-    return EnergyComparison(len(theirs), worst, precision, own, False, text)
+    shifted = bool(np.abs(difference - offset).max() <= bound)
+    text += f", always by {offset:.6g}: another zero of energy?" if shifted else ": another potential, cutoff or unit?"
+    return EnergyComparison(len(theirs), worst, precision, own, False, text, offset if shifted else None)

@@ -1,0 +1,391 @@
+"""What every job on a crystal begins with: kernels, the reference, a flow, and how to cross the bridge."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from freeflow import bridge as bridges
+from freeflow import checkpoints, references, training
+from freeflow.bridge import BridgeParams, Pilot, Schedule
+from freeflow.crystals import target_ensemble
+from freeflow.errors import InputError
+from freeflow.flows import Flow, pulled_back
+from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, neighbour_table
+from freeflow.potentials import Potential, force_constants
+from freeflow.references import Fit, Gaussian, GaussianCrystal
+from freeflow.result import format_with_error
+from freeflow.types import Configuration, Ensemble, Params, Plan, System, ThermodynamicState
+from freeflow.work import PLAIN, BridgeSampler, Coordinates, completed
+
+# The kernel that crosses the bridge sees pairs up to the cutoff plus so many standard deviations
+# of a distance. What it misses is put right exactly when a sample arrives.
+_SKIN = 3.0
+# A bridge is made so slow that its work varies by no more than this [kT^2]: one-sided estimates
+# from a few hundred samples are sound up to about 1, and little is gained below the lower bound.
+_WORK_VARIANCE = (0.08, 1.0)
+# Fewest samples. Small crystals are cheap, and their work tends to be skewed: with 256 samples the error
+# bars of mw_cubic_8 were 15 % too small, see tests/test_calibration.py.
+_MIN_SAMPLES, _MIN_SAMPLES_SMALL = 160, 1024
+_SAMPLES_TIMES_ATOMS = 2**16
+_FEWEST_STAGES = 32
+_TRIAL_SAMPLES = 512  # of a flow; a bridge follows unless their work varies by less than this [kT^2]
+_WORK_VARIANCE_DIRECT = 1.5
+_PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
+_SECOND_PILOT = (96, 1_000)  # stages, at least and at most
+_MAX_STAGES = 50_000
+_MELTED = 0.1  # share of trial samples with an atom off its site at which a run is cut short
+_BLUR = 0.02  # rounding error of the whole crystal's energy that float32 kernels may have [kT]
+
+
+class Progress(NamedTuple):
+    """What a run is doing just now."""
+
+    phase: str  # "reference" | "tuning" | "sampling"
+    fraction: float | None
+    text: str
+
+
+Report = Callable[[Progress], None]
+
+
+def enable_compilation_cache(folder: Path | None) -> None:
+    """Keep compiled code in `folder` so that later runs start fast; None switches the cache off."""
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    if folder is not None:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class Clock:
+    """Wall time of the phases, and of the compilation inside them."""
+
+    _compiled = 0.0  # of the whole process; JAX reports it from all threads
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+        self._compiled_before = Clock._compiled
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """All that was booked, with the total."""
+        total = time.perf_counter() - self._begin
+        # Threads compile side by side: the sum may exceed what the user waited.
+        return {"total": total, "compile": min(Clock._compiled - self._compiled_before, total), **self.laps}
+
+    @classmethod
+    def count_compilation(cls, event: str, duration_secs: float, **_: str | int) -> None:
+        """Listener for JAX's own timings."""
+        if event.startswith("/jax/core/compile/"):
+            cls._compiled += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(Clock.count_compilation)
+
+
+# ------------------------------------------------------------------------- setting up
+
+
+class LearnedFlow(NamedTuple):
+    """A flow with its parameters, and what it cost to have it here."""
+
+    flow: Flow
+    params: Params
+    energy_evaluations: Mapping[str, int]  # reference, training
+
+
+def fit_gaussian(system: System, plan: Plan, report: Report) -> Fit:
+    """The plan's reference for the bare crystal; to be called in double precision."""
+    with prepared(system, replace(plan, estimator="fep", flow=None)) as run:
+        fit = fit_reference(run, report)
+        return fit._replace(energy_evaluations=run.sampler.energy_evaluations["reference"])
+
+
+def learned_flow(system: System, plan: Plan, report: Report) -> LearnedFlow | None:
+    """The plan's flow, from its checkpoint or trained here and now."""
+    if plan.flow is None:
+        return None
+    spent = {"reference": 0}
+
+    def gaussian() -> Gaussian:
+        fit = fit_gaussian(system, plan, report)
+        spent["reference"] += fit.energy_evaluations
+        return fit.gaussian
+
+    report(Progress("flow", None, "loading"))
+    if plan.flow.checkpoint is not None:
+        flow, params = checkpoints.load_flow(system, plan.flow.checkpoint, gaussian)
+        return LearnedFlow(flow, params, spent)
+    flow = checkpoints.build_flow(system, plan.flow.architecture or "", plan.flow.options, gaussian)
+    settings = plan.flow.training
+    report(Progress("training", None, "compiling"))
+    session = training.train_flow(flow, system, settings, plan.seed, lambda now: report(training_progress(now)))
+    spent["training"] = training.energy_evaluations(session, settings)
+    return LearnedFlow(flow, session.state.average, spent)
+
+
+def training_progress(session: training.Session) -> Progress:
+    """Where training stands."""
+    last, step, horizon = session.metrics[-1], int(session.state.step), int(session.state.horizon)
+    text = f"step {step} of {horizon}, beta F below {format_bound(last)} per atom, ESS {format_ess(last)}"
+    return Progress("training", step / horizon, text)
+
+
+def format_bound(metrics: training.Metrics) -> str:
+    """Upper bound of beta F per atom [kT], with its error."""
+    if metrics["bound_per_atom"] is None:
+        return "not estimable"
+    return format_with_error(metrics["bound_per_atom"], metrics["bound_std_error"])
+
+
+def format_ess(metrics: training.Metrics) -> str:
+    """Effective sample size in per cent."""
+    return f"{100 * metrics['ess_fraction']:.3g} %"
+
+
+@dataclass
+class Run:
+    """What the phases of one estimate share."""
+
+    system: System
+    plan: Plan
+    recipe: GaussianCrystal
+    sampler: BridgeSampler
+    blocks: np.ndarray  # harmonic precision
+    flow: LearnedFlow | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def target_error(self) -> float:
+        """Standard error to reach [kT, total]."""
+        return self.plan.target_error * self.system.n_atoms
+
+
+@contextmanager
+def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None) -> Iterator[Run]:
+    """Tables, kernels and compiled pieces for a system; threads end with the context."""
+    crystal, potential, beta = system.crystal, system.potential, float(system.state.beta)
+    recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
+
+    def seen(target: Ensemble) -> Ensemble:
+        return target if learned is None else pulled_back(learned.flow, learned.params, target)
+
+    if system.nearest_image_only:
+        near = nearest_image_table(crystal)
+    else:
+        near = neighbour_table(crystal, 1.0001 * potential.cutoff)
+    columns = force_constants(potential, near, crystal.site_of[0])
+    if not np.isfinite(columns).all():
+        raise InputError("potential: the forces near the perfect lattice are not finite; check density and units")
+    if not columns.any():
+        raise InputError("potential: no atom feels another; the crystal is too thin for this cutoff, check the density")
+    blocks = references.harmonic_blocks(crystal, columns, beta)
+    unstable = references.instability(crystal, blocks)
+    run_warnings = []
+    if unstable is not None and plan.reference == "harmonic":
+        references.gaussian_from_blocks(crystal, blocks)  # raises, naming the modes
+    if unstable is not None:
+        run_warnings.append(
+            f"the perfect lattice is not a minimum of the energy: {unstable.count} imaginary modes, the strongest at "
+            f"wave vector {unstable.wave} of {crystal.group}; the {plan.reference} reference goes round them"
+        )
+    if not system.nearest_image_only:
+        reach = nearest_neighbour_distance(crystal)
+        if learned is None or learned.flow.transferable:  # others start from wider references than the crystal's own
+            reach = min(_SKIN * math.sqrt(2.0) * references.root_mean_square(crystal, blocks), reach)
+        near = neighbour_table(crystal, potential.cutoff + reach)
+    precision = _precision(system, plan, run_warnings)
+    cheap = target_ensemble(potential, near, precision)
+    transport = bridges.bridge(recipe, seen(cheap), precision)
+    batch = batch_size(potential, crystal.n_atoms)
+    coordinates = PLAIN if learned is None else _through(learned, system.state)
+    sampler = BridgeSampler(recipe, transport, seen(system.target), system.state, batch, plan.seed, coordinates)
+    sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
+    try:
+        if learned is None:
+            like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
+        else:
+            like = learned.flow.gaussian
+        if plan.bridge is not None or (learned is None and plan.reference != "harmonic"):
+            sampler.compile("forward", like)
+        sampler.compile("exact", like)
+        if plan.estimator == "bar" and plan.bridge is not None:
+            sampler.compile("reverse", like)
+        yield Run(system, plan, recipe, sampler, blocks, learned, run_warnings)
+    finally:
+        sampler.close()
+
+
+def _through(learned: LearnedFlow, state: ThermodynamicState) -> Coordinates:
+    """Coordinates of a target that is seen through a flow."""
+    flow, params = learned.flow, learned.params
+
+    def displacements(x: Configuration) -> Array:
+        return flow.displacements(flow.bijector.forward(_in_float64(params), x, state)[0])
+
+    def configuration(u: Array) -> Configuration:
+        return flow.bijector.inverse(_in_float64(params), flow.coordinates(u), state)[0]
+
+    return Coordinates(displacements, configuration)
+
+
+def _in_float64(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(leaf).astype("float64"), params)
+
+
+def _precision(system: System, plan: Plan, warnings: list[str]) -> str:
+    """The plan's precision, or float64 where float32 would blur the energy by a noticeable part of kT."""
+    scale = abs(system.constants["lattice energy"]) / system.n_atoms  # of an atom's energy [kT]
+    blur = float(np.finfo(np.float32).eps) * scale * math.sqrt(system.n_atoms)
+    if plan.precision == "float64" or blur < _BLUR:
+        return plan.precision
+    warnings.append(f"float32 kernels would blur the energy by {blur:.2g} kT at this temperature; float64 was used")
+    return "float64"
+
+
+def batch_size(potential: Potential, n_atoms: int) -> int:
+    """Samples that move together: enough to fill vector units, few enough for the cache."""
+    if jax.default_backend() != "cpu":
+        return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
+    if potential.weight is None:
+        return 64  # pair kernels go through tiles of atoms, whatever their number
+    return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
+
+
+def fit_reference(run: Run, report: Report) -> Fit:
+    """The plan's reference ensemble."""
+    crystal, plan = run.system.crystal, run.plan
+    if run.flow is not None:
+        run.sampler.energy_evaluations.update(run.flow.energy_evaluations)
+        return Fit(run.flow.flow.gaussian, 0, math.nan, 0)
+    if plan.reference == "harmonic":
+        return Fit(references.gaussian_from_blocks(crystal, run.blocks), 0, math.nan, 0)
+    constants = -run.system.log_prefactor / crystal.n_atoms
+
+    def tell(iteration: int, bound: float) -> None:
+        text = f"fitting the {plan.reference} reference, beta F below {constants + bound:.5f} per atom"
+        report(Progress("reference", None, text))
+
+    report(Progress("reference", None, "compiling"))
+    return references.fit_self_consistent(
+        run.recipe,
+        run.blocks,
+        run.sampler.evaluate,
+        plan.seed,
+        isotropic=plan.reference == "einstein",
+        n_samples=max(256, 2 * run.sampler.batch),
+        progress=tell,
+    )
+
+
+class Crossings(NamedTuple):
+    """How samples are to be carried over."""
+
+    schedule: Schedule  # without segments: no bridge
+    pilot: Pilot | None
+    variance: float  # of the work, foreseen [kT^2]; infinite where the user chose the stages
+    max_samples: int
+
+
+def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
+    """How many stages the bridge gets, where they lie and how large their steps are."""
+    if run.plan.bridge is None:
+        return _no_bridge(run)
+    if (
+        run.flow is not None
+        and run.plan.bridge == "auto"
+        and run.plan.estimator == "fep"
+        and _needs_no_bridge(run, gaussian)
+    ):
+        return _no_bridge(run)
+    report(Progress("tuning", 0.0, "first trial crossing"))
+    pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
+    # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
+    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *_SECOND_PILOT))
+    pilot = run.sampler.pilot(
+        gaussian,
+        lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
+        bridges.schedule_from(pilot, slower),
+    )
+    if isinstance(run.plan.bridge, int):
+        return Crossings(bridges.schedule_from(pilot, run.plan.bridge), pilot, math.inf, run.plan.max_samples)
+    few = min(_MIN_SAMPLES, run.plan.max_samples)
+    short = Crossings(bridges.schedule_from(pilot, int(pilot.counts.sum())), pilot, math.inf, few)
+    if pilot.lost > _MELTED:  # no crystal: a few samples will say so as well as many
+        return short
+    stages, variance = _stages(run, pilot)
+    if stages == _MAX_STAGES:
+        run.warnings.append(f"a sound bridge would take more than {_MAX_STAGES} stages; this one is far too short")
+        return short
+    return Crossings(bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
+
+
+def _no_bridge(run: Run) -> Crossings:
+    nothing = np.empty(0)
+    none = Schedule(np.array([0.0]), nothing, nothing.astype(np.int32))
+    return Crossings(none, None, math.inf, run.plan.max_samples)
+
+
+def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
+    """Whether samples that a flow carries over at once have weights even enough to be averaged."""
+    none = BridgeParams(gaussian, _no_bridge(run).schedule)
+    # Far from the batches of the run, so that no random number serves twice.
+    batches = range(2**30, 2**30 + -(-_TRIAL_SAMPLES // run.sampler.batch))
+    arrived = completed(run.sampler.cross(none, batches), wait_for_all=True)
+    work = np.concatenate([crossing.forward for crossing in arrived])
+    spent = run.sampler.energy_evaluations
+    spent["tuning"] += spent.pop("sampling")
+    return bool(np.isfinite(work).all()) and float(work.var()) < _WORK_VARIANCE_DIRECT
+
+
+def fewest_samples(n_atoms: int) -> int:
+    """Samples over a bridge that an error bar can be had from."""
+    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, _MIN_SAMPLES, _MIN_SAMPLES_SMALL))
+
+
+def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
+    """Stages that bring the target error with few enough samples, and the work's variance then.
+
+    After K stages var(w) = 2 L^2 / K, and n samples have the squared error (exp(var) - 1) / n: the
+    cost K n for a given error falls with K until n reaches the fewest samples that an error bar
+    can be had from.
+    """
+    length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
+    n = min(fewest_samples(run.system.n_atoms), run.plan.max_samples)
+    variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
+    stages = int(np.clip(math.ceil(2 * length2 / variance), _FEWEST_STAGES, _MAX_STAGES))
+    return stages, 2 * length2 / stages
+
+
+def too_fast(work: np.ndarray, foreseen: float) -> bool:
+    """Whether the first samples show a work that varies far more than the pilot let expect."""
+    work = work[np.isfinite(work)]
+    return len(work) > 2 and float(work.var()) > 2 * max(foreseen, _WORK_VARIANCE[0])
+
+
+def slower(run: Run, crossing: Crossings, work: np.ndarray) -> Crossings:
+    """The same road with as many more stages as the samples ask for; they count as tuning."""
+    assert crossing.pilot is not None
+    work = work[np.isfinite(work)]
+    stages = math.ceil(int(crossing.schedule.counts.sum()) * float(work.var()) / crossing.variance)
+    spent = run.sampler.energy_evaluations
+    spent["tuning"] += spent["sampling"]
+    spent["sampling"] = 0
+    schedule = bridges.schedule_from(crossing.pilot, min(stages, _MAX_STAGES))
+    # Once is enough: what a slower bridge does not cure, more stages will not.
+    return crossing._replace(schedule=schedule, variance=math.inf)

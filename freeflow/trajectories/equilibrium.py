@@ -1,0 +1,91 @@
+"""Which frames of a trajectory are samples of the target, and how many independent ones they make."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from freeflow.errors import InputError
+from freeflow.estimators import equilibrated, statistical_inefficiency
+from freeflow.trajectories.series import FrameSeries
+
+LOST = 0.01  # share of frames with an atom off its site above which there is no crystal to speak of
+FEWEST = 10.0  # independent frames; fewer tell neither a mean nor its error
+
+
+class Equilibrium(NamedTuple):
+    """The part of a trajectory that has forgotten how it began."""
+
+    series: FrameSeries
+    start: int  # its first frame
+    inefficiency: float  # statistical inefficiency g >= 1 of the energies from there on
+
+    @property
+    def used(self) -> Bool[np.ndarray, " n_frames"]:
+        """Sound frames from `start` on."""
+        return self.series.sound & (np.arange(self.series.n_frames) >= self.start)
+
+    @property
+    def effective(self) -> float:
+        """Number of independent frames."""
+        return float(self.used.sum()) / self.inefficiency
+
+    def inefficiency_of(self, values: Float[np.ndarray, " n_frames"]) -> float:
+        """Statistical inefficiency of another number per frame; never below that of the energies."""
+        return max(self.inefficiency, statistical_inefficiency(values[self.used]))
+
+    def frames(self, n: int) -> tuple[Float[np.ndarray, "n_some n_atoms 3"], float]:
+        """At most `n` displacements, evenly spaced in time, and the statistical inefficiency of this thinner series."""
+        choice = np.flatnonzero(self.used[self.series.kept])
+        choice = choice[np.linspace(0, len(choice) - 1, min(n, len(choice))).round().astype(int)]
+        return self.series.displacements[choice], max(1.0, len(choice) / self.effective)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why these frames cannot stand for samples of the target, one sentence each."""
+        series, n = self.series, self.series.n_frames
+        n_melted, n_hopped = int(series.melted.sum()), int(series.hopped.sum())
+        found = []
+        if n_melted + n_hopped > LOST * n:
+            states = [f"{m} {word}" for m, word in ((n_melted, "melted"), (n_hopped, "with an atom off its site")) if m]
+            found.append(f"of {n} frames {' and '.join(states)}: this crystal melts or its atoms hop here")
+        if self.start > n / 2:
+            found.append(f"it is too short: still on its way to equilibrium at frame {self.start} of {n}")
+        elif self.effective < FEWEST:
+            found.append(f"the {int(self.used.sum())} frames hold {self.effective:.1f} independent ones only")
+        comparison = series.energy_comparison
+        if comparison.agrees is False and not comparison.offset:
+            found.append(comparison.verdict)
+        return tuple(found)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know besides."""
+        series, comparison = self.series, self.series.energy_comparison
+        lost = int((~series.sound).sum())
+        few = 0 < lost <= LOST * series.n_frames
+        said = [f"{lost} of {series.n_frames} frames have an atom off its site; they are left out"] if few else []
+        if self.start:
+            said.append(f"the first {self.start} of {series.n_frames} frames are left out: equilibration")
+        if comparison.agrees is False and comparison.offset:
+            said.append(comparison.verdict)
+        return tuple(said)
+
+
+def equilibrium(series: FrameSeries) -> Equilibrium:
+    """Where equilibration ends, by the energies, and the statistical inefficiency from there on.
+
+    Raises:
+        InputError: If no frame is this crystal.
+
+    References: Chodera, J. Chem. Theory Comput. 12, 1799 (2016).
+    """
+    sound = np.flatnonzero(series.sound)
+    if not len(sound):
+        melted = int(series.melted.sum())
+        state = f"{melted} melted, {series.n_frames - melted} with an atom off its site"
+        raise InputError(f"{series.path}: none of {series.n_frames} frames is this crystal ({state})")
+    start, inefficiency, _ = equilibrated(series.energies[sound])
+    return Equilibrium(series, int(sound[start]) if start else 0, inefficiency)

@@ -1,0 +1,122 @@
+"""A whole trajectory in one pass: numbers of every frame, and as many evenly spaced frames as fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from freeflow.errors import InputError
+from freeflow.trajectories.alignment import to_displacements
+from freeflow.trajectories.files import read
+from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision
+from freeflow.types import System
+
+
+class FrameSeries(NamedTuple):
+    """Frames of a trajectory as samples of the labelled crystal, in the order of the file."""
+
+    path: str
+    n_frames: int
+    energies: Float[np.ndarray, " n_frames"]  # recomputed [energy]; infinite for frames that are not sound
+    file_energies: Float[np.ndarray, " n_frames"]  # as the file has them; NaN where it has none
+    mean_squared_displacements: Float[np.ndarray, " n_frames"]  # mean over atoms of |u|^2 [length^2]
+    n_off: Int[np.ndarray, " n_frames"]  # atoms off their sites
+    melted: Bool[np.ndarray, " n_frames"]
+    hopped: Bool[np.ndarray, " n_frames"]
+    resolution: float  # to which the file rounds positions, at worst [length]
+    energy_comparison: EnergyComparison
+    kept: Int[np.ndarray, " n_kept"]  # numbers in the series of the frames whose displacements are kept
+    displacements: Float[np.ndarray, "n_kept n_atoms 3"]  # of sound frames, evenly spaced [length]
+
+    @property
+    def sound(self) -> Bool[np.ndarray, " n_frames"]:
+        """Frames of the labelled crystal, which the system's target ensemble is made of."""
+        return self.n_off == 0
+
+
+def frame_series(
+    path: str | Path,
+    system: System,
+    topology: str | Path | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    stride: int = 1,
+    sigma: Literal["angstrom", "nm"] | None = None,
+    max_coordinates: int = 2**24,
+    progress: Callable[[int], None] | None = None,
+) -> FrameSeries:
+    """Read, align and evaluate frames start, start + stride, ... before stop, a chunk at a time.
+
+    Every s-th sound frame is kept whole: s is 1 until more than `max_coordinates` are held, then every other one is
+    dropped and s doubles.
+
+    Args:
+        path: The trajectory; see `read` for this and for what has no entry here.
+        system: What the frames are meant to be samples of.
+        topology: As in `read`.
+        start: First frame, from 0.
+        stop: Frame to stop before.
+        stride: Read every so many frames.
+        sigma: As in `read`.
+        max_coordinates: Coordinates of kept frames in memory.
+        progress: Told how many frames are done, chunk by chunk.
+
+    Raises:
+        InputError: If the file, or a frame of it, cannot be used; one line that names it.
+    """
+    if max_coordinates < 3 * system.n_atoms:
+        raise InputError(f"max_coordinates: {max_coordinates} hold no frame of {system.n_atoms} atoms")
+    store = _Store(system.n_atoms, max_coordinates)
+    columns: list[tuple[np.ndarray, ...]] = []
+    guess, resolution, n_done = None, 0.0, 0
+    for frames in read(path, system, topology, start=start, stop=stop, stride=stride, sigma=sigma):
+        aligned = to_displacements(frames.positions, system.crystal, frames.species, guess)
+        u, sound = aligned.displacements, aligned.sound
+        if sound.any():
+            guess = aligned.order[np.flatnonzero(sound)[-1]]
+        spread = np.einsum("fni,fni->f", u, u) / system.n_atoms
+        columns.append((energies(system, u), frames.energies, spread, aligned.n_off, aligned.melted, aligned.hopped))
+        store.add(n_done, u, sound)
+        resolution = max(resolution, frames.resolution)
+        n_done += len(u)
+        if progress is not None:
+            progress(n_done)
+    ours, theirs, spread, n_off, melted, hopped = (np.concatenate(column) for column in zip(*columns, strict=True))
+    kept, displacements = store.result()
+    precision = energy_precision(system, displacements, resolution)
+    comparison = compare_energies(theirs, ours, precision, system.units)
+    return FrameSeries(
+        str(path), n_done, ours, theirs, spread, n_off, melted, hopped, resolution, comparison, kept, displacements
+    )
+
+
+class _Store:
+    """Frames that are kept: every s-th of the series, if it is sound, with s as small as memory allows."""
+
+    def __init__(self, n_atoms: int, max_coordinates: int):
+        self.capacity = max_coordinates // (3 * n_atoms)
+        self.every = 1
+        self.numbers = np.empty(0, int)
+        self.parts: list[np.ndarray] = []
+
+    def add(self, first: int, displacements: np.ndarray, sound: np.ndarray) -> None:
+        """Take in a chunk of frames, the first of which has this number."""
+        numbers = first + np.arange(len(sound))
+        chosen = sound & (numbers % self.every == 0)
+        self.parts.append(displacements[chosen])
+        self.numbers = np.concatenate([self.numbers, numbers[chosen]])
+        while len(self.numbers) > self.capacity:
+            self.every *= 2
+            stays = self.numbers % self.every == 0
+            cuts = np.cumsum([len(part) for part in self.parts])[:-1]
+            self.parts = [part[some] for part, some in zip(self.parts, np.split(stays, cuts), strict=True)]
+            self.numbers = self.numbers[stays]
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers (n_kept,) and displacements (n_kept, n_atoms, 3)."""
+        return self.numbers, np.concatenate(self.parts)
