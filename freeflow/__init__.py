@@ -10,23 +10,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from freeflow.comparison import Comparison, compare
     from freeflow.config import load
     from freeflow.pipeline import estimate
     from freeflow.result import Result
+    from freeflow.sampling import Sampling, sample
     from freeflow.types import Crystal, Plan, System, double_precision
 
     __version__: str
 
-__all__ = ["Crystal", "Plan", "Result", "System", "__version__", "double_precision", "estimate", "load"]
+__all__ = [
+    "Comparison",
+    "Crystal",
+    "Plan",
+    "Result",
+    "Sampling",
+    "System",
+    "__version__",
+    "compare",
+    "double_precision",
+    "estimate",
+    "load",
+    "sample",
+]
 
 _HOMES = {
+    "Comparison": "freeflow.comparison",
     "Crystal": "freeflow.types",
     "Plan": "freeflow.types",
     "Result": "freeflow.result",
+    "Sampling": "freeflow.sampling",
     "System": "freeflow.types",
+    "compare": "freeflow.comparison",
     "double_precision": "freeflow.types",
     "estimate": "freeflow.pipeline",
     "load": "freeflow.config",
+    "sample": "freeflow.sampling",
 }
 
 

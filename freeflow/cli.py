@@ -7,6 +7,7 @@ commands that need them, so that help and lists appear at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json as json_module
 import os
@@ -25,10 +26,12 @@ from freeflow import config
 from freeflow.errors import FreeflowError, InputError
 
 if TYPE_CHECKING:
+    from freeflow.comparison import Comparison
     from freeflow.preparation import Progress
     from freeflow.result import Result
+    from freeflow.sampling import Sampling
     from freeflow.training_run import TrainingResult
-    from freeflow.types import Plan, System
+    from freeflow.types import Plan, System, TrajectoryPlan
 
 LINE_EVERY_SECONDS = 10.0
 BROKEN_PIPE = 141  # what the shell reports for a process that SIGPIPE ended
@@ -67,6 +70,8 @@ Examples:
   freeflow systems
   freeflow estimate mw_cubic_64
   freeflow train mw_cubic_64 -o runs/mw --max-minutes 5
+  freeflow sample mw_cubic_64 -n 1000 -o ice.xtc
+  freeflow compare mw_cubic_64 md.lammpstrj
   freeflow validate my_crystal.yaml
 
 Exit status: 0 the target error was reached; 2 bad input; 3 finished, but not reliable or the target
@@ -87,30 +92,65 @@ def cli(context: click.Context) -> None:
         context.fail(f"no command given; use one of {', '.join(cli.list_commands(context))}")
 
 
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, listed in this order."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+_STOPPING = _together(
+    click.option("--target-error", type=float, help="Stop at this standard error [kT per atom]."),
+    click.option("--max-samples", type=int, help="Stop after this many samples in any case."),
+)
+_ROAD = _together(
+    click.option("--seed", type=int, help="Seed of the random numbers."),
+    click.option(
+        "--reference", type=click.Choice(["einstein", "harmonic", "self_consistent"]), help="Where samples start."
+    ),
+    click.option("--stages", type=_Stages(), help="Stages of the bridge; none for no bridge."),
+    click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the energy kernels."),
+    click.option("--checkpoint", metavar="FILE", help="A trained flow: a file, the folder of a run, or shipped."),
+)
+_FRAMES = _together(
+    click.option("--topology", metavar="FILE", help="Checked against the system; no format needs one."),
+    click.option("--frames", metavar="START:STOP:STRIDE", help="Frames to use, as in Python."),
+    click.option(
+        "--sigma", type=click.Choice(["angstrom", "nm"]), help="What one sigma is stored as, if no cell tells."
+    ),
+)
+_OUTPUT = _together(
+    click.option("--json", "json_path", metavar="OUT", help="Write the result as JSON; - for stdout, without tables."),
+    click.option("--quiet", is_flag=True, help="Print one line: the outcome and the verdict."),
+    click.option("--cache/--no-cache", default=None, help="Keep compiled kernels between runs (the default)."),
+)
+_REPORT = click.option("--report", metavar="OUT", help="Write an HTML page with plots, and their numbers as CSV.")
+
+
 @cli.command(
     epilog="""\b
 Examples:
   freeflow estimate mw_cubic_64
   freeflow estimate lj_fcc_256 --target-error 1e-4 --seed 7
-  freeflow estimate my_crystal.yaml --json out.json --quiet
-  freeflow estimate mw_hexagonal_64 --reference harmonic --stages 200 --estimator bar""",
+  freeflow estimate my_crystal.yaml --json out.json --report out.html
+  freeflow estimate mw_hexagonal_64 --reference harmonic --stages 200 --estimator bar
+  freeflow estimate mw_cubic_64 --trajectory md.lammpstrj --frames 100: --stages none""",
 )
 @click.argument("system")
-@click.option("--target-error", type=float, help="Stop at this standard error [kT per atom].")
-@click.option("--max-samples", type=int, help="Stop after this many samples in any case.")
-@click.option("--seed", type=int, help="Seed of the random numbers.")
-@click.option(
-    "--reference", type=click.Choice(["einstein", "harmonic", "self_consistent"]), help="Where samples start."
-)
-@click.option("--stages", type=_Stages(), help="Stages of the bridge; none for no bridge.")
+@_STOPPING
+@_ROAD
 @click.option("--estimator", type=click.Choice(["fep", "bar"]), help="From forward work, or from forward and reverse.")
-@click.option("--precision", type=click.Choice(["float32", "float64"]), help="Of the energy kernels.")
-@click.option("--checkpoint", metavar="FILE", help="A trained flow: a file, the folder of a run, or shipped.")
-@click.option("--json", "json_path", metavar="OUT", help="Write the result as JSON; - for stdout, without the table.")
-@click.option("--quiet", is_flag=True, help="Print one line: the value and the verdict.")
-@click.option("--cache/--no-cache", default=None, help="Keep compiled kernels between runs (the default).")
+@click.option("--trajectory", metavar="FILE", help="MD frames as samples of the target, for bar.")
+@_FRAMES
+@_REPORT
+@click.option("--u-nk", metavar="OUT", help="Write the work for alchemlyb and pymbar: .csv or .parquet.")
+@_OUTPUT
 def estimate(
-    system: str, checkpoint: str | None, json_path: str | None, quiet: bool, cache: bool | None, **options: Any
+    system: str,
+    report: str | None,
+    u_nk: str | None,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+    **options: Any,
 ) -> int:
     """Estimate the free energy of SYSTEM: a system.yaml, or the name of a shipped system.
 
@@ -118,18 +158,127 @@ def estimate(
     says under `estimate`. Compiled kernels are kept in the user's cache folder; FREEFLOW_CACHE=DIR moves
     them, FREEFLOW_CACHE=off keeps none.
     """
-    if json_path is not None and json_path != "-":
-        _require_writable(json_path, system)
+    _require_places(system, json=json_path, report=report, u_nk=u_nk)
     problem = config.load(system)
-    if checkpoint is not None:
-        options["flow"] = {"checkpoint": checkpoint}
-    plan = _revise(problem, options)
+    plan = _revise(problem, _with_trajectory(options, problem.plan.trajectory))
 
     from freeflow import pipeline, preparation
 
     preparation.enable_compilation_cache(_cache_folder(cache, quiet))
-    with _progress(quiet) as report:
-        result = pipeline.estimate(problem, plan, report)
+    with _progress(quiet) as tell:
+        result = pipeline.estimate(problem, plan, tell, radial_distribution=report is not None)
+    if u_nk is not None:
+        result.write_u_nk(u_nk)
+    if report is not None:
+        from freeflow.report import write_estimate_report
+
+        write_estimate_report(result, report)
+    _print_result(result, json_path, quiet)
+    return result.exit_status
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  freeflow sample mw_cubic_64 -n 1000 -o ice.xtc
+  freeflow sample lj_fcc_256 -n 500 -o lj.extxyz.gz --seed 7
+  freeflow sample mw_cubic_64 -n 2000 -o ice.dcd --method weighted --checkpoint shipped
+
+Exit status: 0 sampled; 2 bad input; 3 sampled, but not to be relied on; 130 interrupted, with what there was
+written.""",
+)
+@click.argument("system")
+@click.option("-n", "--number", type=int, required=True, help="How many samples.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    required=True,
+    help=".xtc, .dcd, .trr, .h5, .pdb, .lammpstrj, .traj, .extxyz or .xyz (these two also with .gz).",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["mcmc", "weighted", "resampled"]),
+    default="mcmc",
+    show_default=True,
+    help="Monte Carlo; samples of the model with weights; or these drawn by their weights.",
+)
+@_ROAD
+@_OUTPUT
+def sample(
+    system: str,
+    number: int,
+    output: str,
+    method: Any,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+    **options: Any,
+) -> int:
+    """Draw configurations of SYSTEM at its temperature and volume, and write them as a trajectory.
+
+    Needs no other program. Monte Carlo (generalised hybrid, many chains) starts from the reference; equilibration
+    and correlation are found out and reported. Energies, and weights where samples have them, go beside the
+    trajectory as FILE.csv; formats without atoms' names get a FILE.topology.pdb.
+    """
+    _require_places(system, json=json_path)
+    problem = config.load(system)
+    plan = _revise(problem, {**_with_flow(options), "trajectory": None})
+
+    from freeflow import preparation, sampling
+
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
+    with _progress(quiet) as tell:
+        result = sampling.sample(problem, number, output, plan, tell, method=method)
+    _print_result(result, json_path, quiet)
+    return result.exit_status
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  freeflow compare mw_cubic_64 md.lammpstrj
+  freeflow compare my_crystal.yaml md.xtc --frames 1000::10 --report check.html
+  freeflow compare lj_fcc_256 md.dcd --target-error 3e-4 --json -
+
+Exit status: 0 they agree; 2 bad input; 3 they disagree, or it could not be told; 130 interrupted.""",
+)
+@click.argument("system")
+@click.argument("trajectory")
+@_FRAMES
+@_STOPPING
+@_ROAD
+@_REPORT
+@_OUTPUT
+def compare(
+    system: str,
+    trajectory: str,
+    report: str | None,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+    **options: Any,
+) -> int:
+    """Compare a molecular dynamics TRAJECTORY with weighted samples of SYSTEM, and say whether they agree.
+
+    Energies, displacements, g(r) and the free energy from both sides, each with error bars that allow for
+    correlation, and one verdict. TRAJECTORY is a LAMMPS text dump, extxyz, PDB (all also gzipped), ASE .traj, XTC,
+    DCD, TRR or HDF5 file; frames may be wrapped, drifted or in another order of the atoms.
+    """
+    _require_places(system, trajectory, json=json_path, report=report)
+    problem = config.load(system)
+    plan = _revise(problem, _with_trajectory({**options, "trajectory": trajectory}, None))
+    assert plan.trajectory is not None
+
+    from freeflow import comparison, preparation
+
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
+    with _progress(quiet) as tell:
+        result = comparison.compare(problem, plan.trajectory, plan, tell)
+    if report is not None:
+        from freeflow.report import write_comparison_report
+
+        write_comparison_report(result, report)
     _print_result(result, json_path, quiet)
     return result.exit_status
 
@@ -151,6 +300,13 @@ a checkpoint that --resume goes on from.""",
 @click.option("--max-minutes", type=float, help="Train for this long; the schedule is made to fit.")
 @click.option("--max-steps", type=int, help="Train for this many steps (2000 if no limit is given).")
 @click.option("--architecture", type=click.Choice(["residual", "atomic_solids"]), help="Kind of flow.")
+@click.option(
+    "--loss",
+    type=click.Choice(["path_gradient", "reverse_kl", "forward_kl", "lbar"]),
+    help="What is made small; the last two learn from a trajectory.",
+)
+@click.option("--trajectory", metavar="FILE", help="MD frames to learn from; keep others back to estimate with.")
+@_FRAMES
 @click.option("--batch-size", type=int, help="Samples per step.")
 @click.option("--learning-rate", type=float, help="At its highest.")
 @click.option("--seed", type=int, help="Seed of the random numbers.")
@@ -168,16 +324,16 @@ def train(
 ) -> int:
     """Train a flow for SYSTEM: a system.yaml, or the name of a shipped system.
 
-    Needs the potential alone, no data. Every evaluation of the flow is a line of RUN_DIR/metrics.jsonl:
-    an upper bound of beta F per atom, and the effective sample size. RUN_DIR/checkpoint.safetensors is kept
-    up to date, so that a run that was cut off can go on with --resume; then --max-minutes and
-    --max-steps only say where to pause.
+    Needs the potential alone, no data, unless the loss asks for a trajectory. Every evaluation of the flow is a
+    line of RUN_DIR/metrics.jsonl: an upper bound of beta F per atom, and the effective sample size.
+    RUN_DIR/checkpoint.safetensors is kept up to date, so that a run that was cut off can go on with --resume; then
+    --max-minutes and --max-steps only say where to pause.
     """
-    if json_path is not None and json_path != "-":
-        _require_writable(json_path, system)
+    _require_places(system, json=json_path)
     problem = config.load(system)
+    trajectory = {name: options.pop(name) for name in ("trajectory", "topology", "frames", "sigma")}
     given = {name: value for name, value in options.items() if value is not None}
-    plan = _training_plan(problem, given)
+    plan = _training_plan(problem, given, _with_trajectory(trajectory, problem.plan.trajectory))
 
     from freeflow import preparation, training_run
 
@@ -277,8 +433,30 @@ def _revise(system: System, options: dict[str, Any]) -> Plan:
     return _checked(system.plan, changes)
 
 
-def _training_plan(system: System, given: dict[str, Any]) -> Plan:
-    """The system's plan, with the options in the place of what it says about flow and seed."""
+def _with_flow(options: dict[str, Any]) -> dict[str, Any]:
+    """The plan's values that options stand for: a checkpoint is a flow."""
+    values = dict(options)
+    checkpoint = values.pop("checkpoint", None)
+    return values if checkpoint is None else {**values, "flow": {"checkpoint": checkpoint}}
+
+
+def _with_trajectory(options: dict[str, Any], given: TrajectoryPlan | None) -> dict[str, Any]:
+    """The same for what options say about a trajectory, in the place of what the file says about it."""
+    values = _with_flow(options)
+    said = {"file": values.pop("trajectory", None)}
+    said |= {name: values.pop(name, None) for name in ("topology", "frames", "sigma")}
+    said = {name: value for name, value in said.items() if value is not None}
+    if not said:
+        return values
+    if given is None and "file" not in said:
+        option = next(iter(said))
+        raise InputError(f"--{option}: there is no trajectory; name one with --trajectory")
+    known = {} if given is None or "file" in said else dict(vars(given))
+    return {**values, "trajectory": {**known, **said}}
+
+
+def _training_plan(system: System, given: dict[str, Any], trajectory: dict[str, Any]) -> Plan:
+    """The system's plan, with the options in the place of what it says about flow, seed and trajectory."""
     changes = dict(given)
     seed = {"seed": changes.pop("seed")} if "seed" in changes else {}
     architecture = changes.pop("architecture", None)
@@ -289,7 +467,7 @@ def _training_plan(system: System, given: dict[str, Any]) -> Plan:
     if architecture is not None and architecture != values.get("architecture"):
         values = {"architecture": architecture, "training": values.get("training", {})}
     values["training"] = {**values.get("training", {}), **changes}
-    return _checked(system.plan, {"flow": values, **seed})
+    return _checked(system.plan, {"flow": values, **seed, **trajectory})
 
 
 def _checked(plan: Plan, changes: dict[str, Any]) -> Plan:
@@ -311,15 +489,19 @@ def _no_such_option(error: click.NoSuchOption) -> str:
     return f"no such option {error.option_name}; " + (f"did you mean {near}?" if near else f"see '{command} --help'")
 
 
-def _require_writable(path: str, system: str) -> None:
-    from freeflow.result import require_writable
+def _require_places(*inputs: str, **outputs: str | None) -> None:
+    """Find out before the work whether outputs, by the names of their options, can be written."""
+    from freeflow.result import require_table_writable, require_writable
 
-    try:
-        if os.path.exists(path) and os.path.exists(system) and os.path.samefile(path, system):
-            raise InputError(f"{path}: this would replace the system file")
-        require_writable(path)
-    except FreeflowError as error:
-        raise InputError(f"--json: {error}") from None
+    for name, path in outputs.items():
+        if path is None or (name == "json" and path == "-"):
+            continue
+        try:
+            if any(os.path.exists(file) and os.path.exists(path) and os.path.samefile(path, file) for file in inputs):
+                raise InputError(f"{path}: this would replace a file that is read")
+            (require_table_writable if name == "u_nk" else require_writable)(path)
+        except FreeflowError as error:
+            raise InputError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 def _processor() -> str:
@@ -403,7 +585,7 @@ def _done(progress: Any) -> str:
     return "" if progress.fraction is None else f"{100 * progress.fraction:.0f} %, "
 
 
-def _print_result(result: Result | TrainingResult, json_path: str | None, quiet: bool) -> None:
+def _print_result(result: Result | TrainingResult | Sampling | Comparison, json_path: str | None, quiet: bool) -> None:
     if json_path == "-":
         _print(result.json_text().rstrip("\n"))
         return

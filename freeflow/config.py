@@ -233,7 +233,9 @@ class BridgeSection(Section):
 class TrainingSection(Section):
     """How to train a flow; where neither steps nor minutes are given there are 2000 steps."""
 
-    loss: Literal["path_gradient", "reverse_kl"] = "path_gradient"
+    loss: Literal["path_gradient", "reverse_kl", "forward_kl", "lbar"] = Field(
+        default="path_gradient", description="the last two learn from a trajectory"
+    )
     max_steps: int | None = Field(default=None, ge=1, le=2**31 - 1)
     max_minutes: float | None = Field(default=None, gt=0, le=10**6, description="compilation included")
     batch_size: int = Field(default=32, ge=1, le=10**6)
@@ -604,7 +606,7 @@ def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]
     if flow.get("checkpoint", "shipped") != "shipped":
         flow["checkpoint"] = str((folder / flow["checkpoint"]).absolute())
     trajectory = values["estimate"]["trajectory"] or {}
-    for key in {"file", "topology"} & {*trajectory}:
+    for key in [key for key in ("file", "topology") if trajectory.get(key)]:
         trajectory[key] = str((folder / trajectory[key]).absolute())
     return values
 

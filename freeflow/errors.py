@@ -15,6 +15,12 @@ class UnstableCrystalError(InputError):
     """The lattice is not a minimum of the potential energy; imaginary modes are named."""
 
 
+class LostCrystalError(FreeflowError):
+    """Samples that were to be of a crystal are not of it: it melted, or its atoms have changed places."""
+
+    exit_status = 3
+
+
 class PrecisionError(FreeflowError):
     """An estimator was handed numbers in less than double precision."""
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from freeflow import observables
 from freeflow.bridge import BridgeParams, Schedule
 from freeflow.config import load, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
+from freeflow.observers import observer, profile
 from freeflow.preparation import (
     Clock,
     Crossings,
@@ -24,8 +26,10 @@ from freeflow.preparation import (
     Run,
     fewest_samples,
     fit_reference,
+    from_frames,
     learned_flow,
     prepared,
+    read_trajectory,
     slower,
     too_fast,
     tune,
@@ -33,8 +37,8 @@ from freeflow.preparation import (
 from freeflow.references import Fit, Gaussian
 from freeflow.result import Result, Status, provenance
 from freeflow.stopping import StoppingRule
-from freeflow.trajectories import Equilibrium, equilibrium, frame_series
-from freeflow.types import Ensemble, Plan, System, TrajectoryPlan, double_precision
+from freeflow.trajectories import Equilibrium
+from freeflow.types import Ensemble, Plan, System, double_precision
 from freeflow.work import Crossing, Observe, completed
 
 _MIN_SAMPLES_DIRECT = 2048  # without a bridge a soft mode hides from fewer
@@ -46,6 +50,8 @@ def estimate(
     system: System | str | Path | dict[str, Any],
     plan: Plan | None = None,
     progress: Report | None = None,
+    *,
+    radial_distribution: bool = False,
     **changes: Any,
 ) -> Result:
     """Estimate a free energy until its error bar is small enough, and say how good it is.
@@ -54,6 +60,7 @@ def estimate(
         system: A system, or what `freeflow.load` makes one from.
         plan: How to estimate; the system's own plan by default.
         progress: Called now and then with what is going on.
+        radial_distribution: Also find g(r) of the target, `Result.profile`.
         **changes: Values of the plan to replace, such as `target_error=1e-4` [kT per atom] or
             `trajectory="md.dcd"`.
 
@@ -70,7 +77,11 @@ def estimate(
     frames = None if plan.trajectory is None else read_trajectory(system, plan.trajectory, report)
     if frames is not None:
         clock.lap("trajectory")
-    return carried_out(system, plan, report, clock, frames)
+    if not radial_distribution:
+        return carried_out(system, plan, report, clock, frames)
+    shells = observables.radial_distribution(system.crystal)
+    result = carried_out(system, plan, report, clock, frames, observer(system, shells))
+    return replace(result, profile=profile(shells, result.observed.counts, np.asarray(result.work.forward)))
 
 
 def settled(
@@ -87,25 +98,8 @@ def settled(
         raise InputError(
             "estimate.estimator: bar needs samples of the target; give it a bridge or a trajectory, or use fep"
         )
+    from_frames(plan)
     return system, plan
-
-
-def read_trajectory(system: System, plan: TrajectoryPlan, report: Report) -> Equilibrium:
-    """Frames as samples of the target, from their equilibration on.
-
-    Raises:
-        InputError: If the file cannot be used, or holds no frame of this crystal.
-    """
-    report(Progress("trajectory", None, f"reading {plan.file}"))
-    series = frame_series(
-        plan.file,
-        system,
-        plan.topology,
-        sigma=plan.sigma,  # pyright: ignore[reportArgumentType]
-        progress=lambda n: report(Progress("trajectory", None, f"{n} frames read")),
-        **plan.slice,  # pyright: ignore[reportArgumentType]
-    )
-    return equilibrium(series)
 
 
 def carried_out(
@@ -125,9 +119,15 @@ def carried_out(
         clock: Books the time of the phases.
         frames: Samples of the target for `bar`, where they are not to come from the bridge.
         observe: Told the displacements of all arrivals; what it returns is `Result.observed`.
+
+    A flow that is trained here from frames sees the earlier half of them, and the estimate uses the later one.
     """
     with double_precision():
-        flow = learned_flow(system, plan, report)
+        if frames is not None and from_frames(plan):
+            taught, frames = frames.halves()
+        else:
+            taught = None
+        flow = learned_flow(system, plan, report, taught)
         if flow is not None:
             clock.lap("flow")
         with prepared(system, plan, flow) as run:
@@ -369,10 +369,14 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
     else:
         status = "converged" if reached else "target_not_reached"
     if not reached and not samples.interrupted and math.isfinite(error):
-        need = len(work.forward) * (error / run.target_error) ** 2
+        if frames is None:
+            need = len(work.forward) * (error / run.target_error) ** 2
+            more = f"about {need:.0f} would do"
+        else:  # how the error falls with one side alone is not that simple
+            more = f"more frames than {len(work.reverse)} would help" + ("" if run.plan.bridge else ", or a bridge")
         reasons.append(
             f"target error {plan.target_error:g} per atom not reached with {len(work.forward)} samples "
-            f"(max_samples {plan.max_samples}); about {need:.0f} would do"
+            f"(max_samples {plan.max_samples}); {more}"
         )
     spent = run.sampler.energy_evaluations
     purposes = (*(("training",) if run.flow is not None else ()), "reference", "tuning", "sampling", "checks")

@@ -24,7 +24,8 @@ from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, n
 from freeflow.potentials import Potential, force_constants
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import format_with_error
-from freeflow.types import Configuration, Ensemble, Params, Plan, System, ThermodynamicState
+from freeflow.trajectories import Equilibrium, equilibrium, frame_series
+from freeflow.types import Configuration, Ensemble, Params, Plan, System, ThermodynamicState, TrajectoryPlan
 from freeflow.work import PLAIN, BridgeSampler, Coordinates, completed
 
 # The kernel that crosses the bridge sees pairs up to the cutoff plus so many standard deviations
@@ -116,8 +117,40 @@ def fit_gaussian(system: System, plan: Plan, report: Report) -> Fit:
         return fit._replace(energy_evaluations=run.sampler.energy_evaluations["reference"])
 
 
-def learned_flow(system: System, plan: Plan, report: Report) -> LearnedFlow | None:
-    """The plan's flow, from its checkpoint or trained here and now."""
+def read_trajectory(system: System, plan: TrajectoryPlan, report: Report) -> Equilibrium:
+    """Frames as samples of the target, from their equilibration on.
+
+    Raises:
+        InputError: If the file cannot be used.
+        LostCrystalError: If no frame is this crystal.
+    """
+    report(Progress("trajectory", None, f"reading {plan.file}"))
+    series = frame_series(
+        plan.file,
+        system,
+        plan.topology,
+        sigma=plan.sigma,  # pyright: ignore[reportArgumentType]
+        progress=lambda n: report(Progress("trajectory", None, f"{n} frames read")),
+        **plan.slice,  # pyright: ignore[reportArgumentType]
+    )
+    return equilibrium(series)
+
+
+def from_frames(plan: Plan) -> bool:
+    """Whether the plan's flow is to be trained from frames of a trajectory.
+
+    Raises:
+        InputError: If it is, and there is no trajectory.
+    """
+    if plan.flow is None or plan.flow.checkpoint is not None or plan.flow.training.loss not in training.FROM_FRAMES:
+        return False
+    if plan.trajectory is None:
+        raise InputError(f"estimate.flow.training.loss: {plan.flow.training.loss} needs a trajectory to learn from")
+    return True
+
+
+def learned_flow(system: System, plan: Plan, report: Report, frames: Equilibrium | None = None) -> LearnedFlow | None:
+    """The plan's flow, from its checkpoint or trained here and now, from `frames` where its loss needs them."""
     if plan.flow is None:
         return None
     spent = {"reference": 0}
@@ -134,7 +167,9 @@ def learned_flow(system: System, plan: Plan, report: Report) -> LearnedFlow | No
     flow = checkpoints.build_flow(system, plan.flow.architecture or "", plan.flow.options, gaussian)
     settings = plan.flow.training
     report(Progress("training", None, "compiling"))
-    session = training.train_flow(flow, system, settings, plan.seed, lambda now: report(training_progress(now)))
+    samples = None if frames is None else training.frames_of(flow, frames.frames(len(frames.series.kept))[0])
+    watch = lambda now: report(training_progress(now))  # noqa: E731
+    session = training.train_flow(flow, system, settings, plan.seed, watch, samples)
     spent["training"] = training.energy_evaluations(session, settings)
     return LearnedFlow(flow, session.state.average, spent)
 

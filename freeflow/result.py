@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from importlib import metadata
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freeflow.errors import FreeflowError
+from freeflow.errors import FreeflowError, InputError
 
 if TYPE_CHECKING:
     from freeflow.types import Plan, System, Work
@@ -89,7 +89,7 @@ class Result:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quantity: str = "helmholtz_free_energy"
     trajectory: Mapping[str, Any] | None = None  # what the samples of the target were taken from
-    profile: Any = None  # freeflow.comparison.Profile: g(r) of the target, where it was asked for
+    profile: Any = None  # freeflow.observers.Profile: g(r) of the target, where it was asked for
     observed: Any = None  # what an observer made of the forward samples, one row each
 
     def __post_init__(self) -> None:
@@ -109,6 +109,26 @@ class Result:
     @property
     def beta_f_per_atom_std_error(self) -> float:
         return self.beta_f_std_error / self.n_atoms
+
+    def write_u_nk(self, path: str | os.PathLike[str]) -> None:
+        """Write the work as a table of reduced potentials of two states, which alchemlyb and pymbar take.
+
+        State 0 is the reference and 1 the target. A forward sample has the row (0, w), a reverse one, of the target,
+        (w, 0), in kT; of each sample only the difference counts. With the ending .parquet it is one for
+        `alchemlyb.parsing.parquet.extract_u_nk`, otherwise CSV with the columns time, fep-lambda, 0.0, 1.0.
+
+        Raises:
+            InputError: If .parquet is wanted and pandas or pyarrow is not installed.
+            FreeflowError: If it cannot be written.
+        """
+        forward, reverse = ([float(w) for w in part] for part in self.work)
+        rows = [(time, 0.0, 0.0, w) for time, w in enumerate(forward)]
+        rows += [(time, 1.0, w, 0.0) for time, w in enumerate(reverse)]
+        if str(path).endswith(".parquet"):
+            write_atomically(path, _parquet(rows, self.system.temperature))
+        else:
+            lines = [f"{time},{state},{u_0!r},{u_1!r}" for time, state, u_0, u_1 in rows]
+            write_atomically(path, "\n".join(["time,fep-lambda,0.0,1.0", *lines]) + "\n")
 
     @property
     def exit_status(self) -> int:
@@ -204,7 +224,7 @@ class Result:
         heads = [("bold", self.system.name), ("", _what(self.system))]
         for style, line in heads:
             console.print(Text(line, style=style))
-        for title, rows in self._sections():
+        for title, rows in self.sections():
             console.print()
             console.print(Text(title, style="bold"))
             table = Table.grid(padding=(0, 3, 0, 0))
@@ -240,7 +260,8 @@ class Result:
 
     # ----------------------------------------------------------------------- the table, as text
 
-    def _sections(self) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    def sections(self) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+        """Titles and rows of the table, as text."""
         kt, energy = self.system.kt, self.system.units.energy
         yield (
             "Helmholtz free energy",
@@ -351,6 +372,32 @@ def format_with_error(value: float, error: float) -> str:
     if error < 1 and digits < 1:
         return f"{number}({int(digits.scaleb(decimals))})"
     return f"{number}({digits})"
+
+
+def require_table_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether `Result.write_u_nk` can write there.
+
+    Raises:
+        InputError: If .parquet is wanted and pandas or pyarrow is not installed.
+        FreeflowError: If the file cannot be written.
+    """
+    require_writable(path)
+    if str(path).endswith(".parquet"):
+        _parquet([], 1.0)
+
+
+def _parquet(rows: Sequence[tuple[float, float, float, float]], temperature: float) -> bytes:
+    try:
+        import pandas
+        import pyarrow  # noqa: F401  (what pandas writes with)
+    except ImportError:
+        raise InputError("parquet needs pandas and pyarrow: install freeflow[parquet], or write .csv") from None
+    table = pandas.DataFrame(rows, columns=["time", "fep-lambda", 0.0, 1.0], dtype=float)
+    table = table.set_index(["time", "fep-lambda"])
+    table.attrs |= {"temperature": temperature, "energy_unit": "kT"}
+    sheet = io.BytesIO()
+    table.to_parquet(sheet, engine="pyarrow")
+    return sheet.getvalue()
 
 
 def provenance(system: System, plan: Plan) -> dict[str, Any]:

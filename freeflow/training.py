@@ -166,7 +166,7 @@ LOSSES: Mapping[str, Callable[[Flow], LossFn]] = {
     "forward_kl": forward_kl,
     "lbar": lbar,
 }
-_FROM_FRAMES = {"forward_kl", "lbar"}
+FROM_FRAMES = {"forward_kl", "lbar"}
 
 # ------------------------------------------------------------------------------ the trainer
 
@@ -250,7 +250,7 @@ def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int
     def step(old: TrainState, frames: Frames) -> TrainState:
         key_batch, key_frames = jax.random.split(jax.random.fold_in(key_step, old.step))
         keys = _spread(jax.random.split(key_batch, batch))
-        some = _drawn(key_frames, frames, batch, dtype) if plan.loss in _FROM_FRAMES else None
+        some = _drawn(key_frames, frames, batch, dtype) if plan.loss in FROM_FRAMES else None
         value, gradient = jax.value_and_grad(loss)(old.params, keys, some, _cast(state, dtype))
         norm = optax.tree.norm(gradient)
         sound = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -532,8 +532,18 @@ def _line(state: TrainState, measured: Metrics, plan: TrainingPlan, seconds: flo
     }
 
 
+def frames_of(flow: Flow, displacements: Float[np.ndarray, "n_frames n_atoms 3"]) -> Frames:
+    """Samples of the target in the coordinates that a flow trains in, in float32; to be called in double precision."""
+    return _cast(jax.vmap(flow.coordinates)(jnp.asarray(displacements)), "float32")
+
+
 def train_flow(
-    flow: Flow, system: System, plan: TrainingPlan, seed: int, watch: Callable[[Session], None] = lambda _: None
+    flow: Flow,
+    system: System,
+    plan: TrainingPlan,
+    seed: int,
+    watch: Callable[[Session], None] = lambda _: None,
+    frames: Frames = None,
 ) -> Session:
     """Train from the beginning to the end of the schedule, in memory; to be called in double precision.
 
@@ -542,7 +552,7 @@ def train_flow(
     """
     begun = time.monotonic()
     made = trainer(flow, system.state, plan, seed)
-    compiled = compile_trainer(made)
+    compiled = compile_trainer(made, frames)
     base = baseline(flow, system.constants, system.n_atoms, system.state)
     ends = math.inf if plan.max_minutes is None else begun + 60 * plan.max_minutes
     session = begin(made, compiled, plan, base, ends)

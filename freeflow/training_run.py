@@ -23,7 +23,7 @@ from freeflow.preparation import Progress, Report, format_bound, format_ess, tra
 from freeflow.references import Gaussian
 from freeflow.result import provenance, require_writable, write_atomically
 from freeflow.training import Compiled, Ending, Limits, Metrics, Session
-from freeflow.types import FlowPlan, Plan, System, TrainingPlan, double_precision
+from freeflow.types import FlowPlan, Plan, System, TrainingPlan, TrajectoryPlan, double_precision
 
 METRICS_FILE, SYSTEM_FILE = "metrics.jsonl", "system.yaml"
 JSON_VERSION = 1
@@ -196,6 +196,18 @@ class _Run:
     command: str = ""
 
 
+def _samples(system: System, plan: Plan, flow: Flow, settings: TrainingPlan, report: Report) -> training.Frames:
+    """Frames to learn from, where the loss asks for them."""
+    if settings.loss not in training.FROM_FRAMES:
+        return None
+    if plan.trajectory is None:
+        raise InputError(f"estimate.flow.training.loss: {settings.loss} needs a trajectory to learn from")
+    found = preparation.read_trajectory(system, plan.trajectory, report)
+    if found.faults:
+        raise InputError(f"{plan.trajectory.file}: cannot be learned from: {found.faults[0]}")
+    return training.frames_of(flow, found.frames(len(found.series.kept))[0])
+
+
 def _set_out(system: System, plan: Plan, folder: Path, report: Report, begun: float) -> tuple[_Run, Session, Limits]:
     """A new run, up to the horizon and the evaluation of the untrained flow."""
     wanted = plan.flow or FlowPlan(architecture=DEFAULT_ARCHITECTURE)
@@ -229,7 +241,8 @@ def _take_up(
             raise InputError("holds parameters alone; it can be used, but not resumed")
         known = dict(checkpoint.training)
         settings = TrainingPlan(**known["settings"])
-        plan = replace(plan, seed=known["seed"])
+        learned_from = known.get("trajectory") and TrajectoryPlan(**known["trajectory"])
+        plan = replace(plan, seed=known["seed"], trajectory=learned_from or plan.trajectory)
         own = {**asdict(settings), "seed": plan.seed, "architecture": checkpoint.architecture}
         for key, value in given.items():
             if key not in {"max_steps", "max_minutes"} and value != own[key]:
@@ -262,7 +275,7 @@ def _prepared(
 ) -> tuple[_Run, training.Trainer]:
     report(Progress("training", None, "compiling"))
     trainer = training.trainer(flow, system.state, settings, plan.seed)
-    compiled = training.compile_trainer(trainer)
+    compiled = training.compile_trainer(trainer, _samples(system, plan, flow, settings, report))
     base = training.baseline(flow, system.constants, system.n_atoms, system.state)
     fingerprint = checkpoints.fingerprint(system)
     return _Run(system, plan, settings, folder, flow, gaussian, compiled, base, fingerprint), trainer
@@ -363,6 +376,7 @@ def _save(run: _Run, session: Session) -> None:
             training={
                 "settings": asdict(run.settings),
                 "seed": run.plan.seed,
+                "trajectory": run.plan.trajectory and dict(vars(run.plan.trajectory)),
                 "metrics": list(session.metrics),
                 "seconds": session.seconds,
             },

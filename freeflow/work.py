@@ -120,7 +120,7 @@ class BridgeSampler:
             return self._compiled[name]
 
     def _lower(self, name: str, like: Gaussian) -> Any:
-        keys = self._keys(0)
+        keys = self.keys(0)
         walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)
         if name == "exact":
             piece = jax.jit(jax.vmap(self._exact, (None, 0))).lower(like, walker)
@@ -145,6 +145,11 @@ class BridgeSampler:
     def _whiten(self, gaussian: Gaussian, displacements: Array) -> Array:
         return self.recipe.whiten(gaussian, self.coordinates.configuration(displacements)).astype(self._launch_dtype)
 
+    def each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
+        """Results of a function of batches, worked out side by side."""
+        jobs = [self._threads.submit(_in_this_thread, function, *some) for some in zip(*arguments, strict=True)]
+        return [job.result() for job in jobs]
+
     def stop(self) -> None:
         """Ask batches in flight to end after their current segment."""
         self._stop.set()
@@ -155,18 +160,21 @@ class BridgeSampler:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    def _keys(self, index: int) -> Array:
+    def keys(self, index: int) -> Array:
+        """Random keys (batch,) of the samples of a batch."""
         return jax.random.split(jax.random.fold_in(jax.random.key(self.seed), index), self.batch)
 
-    def _move(
+    def move(
         self, name: str, gaussian: Gaussian, keys: Array, walker: Walker, segment: Segment, purpose: str
     ) -> Walker:
+        """A batch along one segment, "forward" or "reverse"; evaluations are booked under `purpose`."""
         moved = self.compile(name, gaussian).result()(gaussian, keys, walker, segment, self.state)
         moved = jax.block_until_ready(moved)
         self._count(purpose, int(segment.count))
         return moved
 
-    def _correct(self, gaussian: Gaussian, walker: Walker, purpose: str = "checks") -> np.ndarray:
+    def correct(self, gaussian: Gaussian, walker: Walker, purpose: str = "checks") -> np.ndarray:
+        """Exact target minus the kernel that a batch moves by (batch,) [kT]."""
         correction = np.asarray(self.compile("exact", gaussian).result()(gaussian, walker))
         self._count(purpose, 1)
         return correction
@@ -175,25 +183,23 @@ class BridgeSampler:
         with self._lock:
             self.energy_evaluations[purpose] += self.batch * stages
 
-    def _launched(self, gaussian: Gaussian, keys: Array, purpose: str) -> Walker:
+    def launched(self, gaussian: Gaussian, keys: Array, purpose: str) -> Walker:
         """Samples of the reference, with energy and gradient."""
-        return self._move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(), purpose)
+        return self.move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(), purpose)
 
     def evaluate(self, gaussian: Gaussian, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Target's reduced potential (n,) and its gradient (n, n_atoms, 3) with respect to white z.
 
         The number of configurations must be a multiple of the batch.
         """
-        keys = self._keys(0)
+        keys = self.keys(0)
 
         def one(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             walker = self._launch(keys)._replace(z=jax.numpy.asarray(part, self._launch_dtype))
-            walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(), "reference")
+            walker = self.move("forward", gaussian, keys, walker, bridges.fetch_segment(), "reference")
             return np.asarray(walker.u_b), np.asarray(walker.gradient, np.float64)
 
-        parts = np.split(z, len(z) // self.batch)
-        jobs = [self._threads.submit(_in_this_thread, one, part) for part in parts]
-        energies, gradients = zip(*(job.result() for job in jobs), strict=True)
+        energies, gradients = zip(*self.each(one, np.split(z, len(z) // self.batch)), strict=True)
         return np.concatenate(energies), np.concatenate(gradients)
 
     def _walk(
@@ -205,7 +211,7 @@ class BridgeSampler:
             if self._stop.is_set():
                 return None
             segment = Segment(*(np.asarray(part[j]) for part in segments))
-            walker = self._move(name, params.gaussian, keys, walker, segment, "sampling")
+            walker = self.move(name, params.gaussian, keys, walker, segment, "sampling")
             on_segment(self.batch * int(segment.count))
         return walker
 
@@ -216,19 +222,19 @@ class BridgeSampler:
     def _cross(
         self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment, observe: Observe | None
     ) -> Crossing | None:
-        gaussian, keys = params.gaussian, self._keys(index)
+        gaussian, keys = params.gaussian, self.keys(index)
         see = (lambda _: None) if observe is None else lambda walker: observe(self.displacements(gaussian, walker))
         if not len(params.schedule.counts):
             walker = self._launch(keys)
             work, nothing = self._switched(gaussian, walker), np.empty(0)
             return Crossing(work, nothing, nothing.astype(int), np.zeros(self.batch), 1.0, see(walker))
-        walker = self._launched(gaussian, keys, "sampling")
+        walker = self.launched(gaussian, keys, "sampling")
         walker = self._walk("forward", params, keys, walker, on_segment)
         if walker is None:
             return None
         stages = int(params.schedule.counts.sum())
         acceptance = (float(np.mean(walker.accepted)) - 1) / max(stages, 1)
-        correction = self._correct(gaussian, walker)
+        correction = self.correct(gaussian, walker)
         forward, observed = np.asarray(walker.work) + correction, see(walker)
         nothing = np.empty(0)
         if not settle:
@@ -238,10 +244,10 @@ class BridgeSampler:
         parents = systematic_resample(-forward, rng)
         walker = jax.tree.map(lambda leaf: leaf[parents], walker)
         end = Segment(np.float64(1), np.float64(1), np.asarray(params.schedule.step_sizes[-1]), np.int32(settle))
-        walker = self._move("forward", gaussian, keys, walker, end, "sampling")
+        walker = self.move("forward", gaussian, keys, walker, end, "sampling")
         on_segment(self.batch * settle)
         # They settled under the bridge's kernel; the same weights as on arrival make them the target's.
-        departure = self._correct(gaussian, walker)
+        departure = self.correct(gaussian, walker)
         again = systematic_resample(-departure, rng)
         walker, parents, departure = jax.tree.map(lambda leaf: leaf[again], (walker, parents, departure))
         walker = self._walk("reverse", params, keys, walker._replace(work=jax.numpy.zeros(self.batch)), on_segment)
@@ -252,12 +258,12 @@ class BridgeSampler:
     def _switched(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
         """Work of switching from the reference to the target at once [kT]; walkers know no energy yet."""
         z = np.asarray(walker.z, np.float64)
-        return self._correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
+        return self.correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
 
     def _cross_back(
         self, params: BridgeParams, index: int, frames: np.ndarray, on_segment: OnSegment
     ) -> np.ndarray | None:
-        gaussian, keys, n = params.gaussian, self._keys(index), len(frames)
+        gaussian, keys, n = params.gaussian, self.keys(index), len(frames)
         # The last batch is filled up with its last frame: one shape compiles once.
         whole = np.concatenate([frames, np.broadcast_to(frames[-1], (self.batch - n, *frames.shape[1:]))])
         z = self.compile("whiten", gaussian).result()(gaussian, np.asarray(whole, np.float64))
@@ -267,8 +273,8 @@ class BridgeSampler:
             work = -self._switched(gaussian, walker)
             lost = np.isnan(np.asarray(z)).any(axis=(1, 2))
             return np.where(lost, np.nan, np.where(np.isfinite(work), work, np.inf))[:n]
-        walker = self._move("forward", gaussian, keys, walker, bridges.fetch_segment(), "sampling")
-        departure = self._correct(gaussian, walker)
+        walker = self.move("forward", gaussian, keys, walker, bridges.fetch_segment(), "sampling")
+        departure = self.correct(gaussian, walker)
         walker = self._walk("reverse", params, keys, walker, on_segment)
         return None if walker is None else (np.asarray(walker.work) - departure)[:n]
 
@@ -319,27 +325,48 @@ class BridgeSampler:
         n_batches = n_batches or max(2, -(-_PILOT_SAMPLES // self.batch))
         # Far from the batches of the run, so that no random number serves twice.
         first = 2**31 if schedule is None else 2**31 + n_batches
-        keys = [self._keys(first + k) for k in range(n_batches)]
-        walkers = [self._launched(gaussian, key, "tuning") for key in keys]
-
-        def everyone(segment: Segment) -> None:
-            jobs = [
-                self._threads.submit(_in_this_thread, self._move, "forward", gaussian, key, walker, segment, "tuning")
-                for key, walker in zip(keys, walkers, strict=True)
-            ]
-            walkers[:] = [job.result() for job in jobs]
-
-        def read(name: str) -> np.ndarray:
-            return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in walkers])
-
+        crowd = Crowd(self, gaussian, range(first, first + n_batches), "tuning")
         pace = bridges.Pace(schedule)
         while not pace.arrived and not self._stop.is_set():
-            segment = pace.next(read("u_b") - 0.5 * (read("z") ** 2).sum(axis=(1, 2)))
-            everyone(segment)
-            pace.learn(read("work"), read("accepted"))
+            segment = pace.next(crowd.read("u_b") - 0.5 * (crowd.read("z") ** 2).sum(axis=(1, 2)))
+            crowd.move(segment, "tuning")
+            pace.learn(crowd.read("work"), crowd.read("accepted"))
             on_segment(pace.lam)
-        lost = np.mean([~np.isfinite(self._correct(gaussian, walker)) for walker in walkers])
-        return pace.pilot(float(lost))
+        return pace.pilot(float(np.mean(~np.isfinite(crowd.corrections()))))
+
+
+class Crowd:
+    """Batches of walkers that move together, each on a core, from samples of the reference on."""
+
+    def __init__(self, sampler: BridgeSampler, gaussian: Gaussian, indices: Iterable[int], purpose: str):
+        self._sampler, self._gaussian = sampler, gaussian
+        self._keys = [sampler.keys(index) for index in indices]
+        self._walkers = [sampler.launched(gaussian, keys, purpose) for keys in self._keys]
+
+    def __len__(self) -> int:
+        return len(self._keys) * self._sampler.batch
+
+    def move(self, segment: Segment, purpose: str) -> None:
+        """Along one segment, forwards."""
+
+        def one(keys: Array, walker: Walker) -> Walker:
+            return self._sampler.move("forward", self._gaussian, keys, walker, segment, purpose)
+
+        self._walkers = self._sampler.each(one, self._keys, self._walkers)
+
+    def read(self, name: str) -> np.ndarray:
+        """A number, or an array, of every walker, in float64."""
+        return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in self._walkers])
+
+    def corrections(self) -> np.ndarray:
+        """Exact target minus the kernel that walkers move by [kT]; infinite where an atom left its site."""
+        return np.concatenate(self._sampler.each(lambda w: self._sampler.correct(self._gaussian, w), self._walkers))
+
+    def displacements(self) -> np.ndarray:
+        """Where walkers stand (n_walkers, n_atoms, 3) [length]."""
+        return np.concatenate(
+            self._sampler.each(lambda w: self._sampler.displacements(self._gaussian, w), self._walkers)
+        )
 
 
 def completed(jobs: Iterable[Future[R | None]], wait_for_all: bool = False) -> list[R]:

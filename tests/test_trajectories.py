@@ -4,12 +4,12 @@ Random frames fix their seeds. Where a bound is statistical it is five standard 
 """
 
 import gzip
-import importlib.util
 import math
 from pathlib import Path
 
 import ase.build
 import ase.io
+import jax
 import mdtraj
 import numpy as np
 import pytest
@@ -27,7 +27,6 @@ from freeflow.trajectories.files import _cell_of
 from freeflow.units import UNIT_STYLES
 
 REFDATA = Path(__file__).resolve().parents[2] / "shared" / "refdata"
-needs_tables = pytest.mark.skipif(importlib.util.find_spec("tables") is None, reason="PyTables is not installed")
 FORMATS = [
     "lammpstrj",
     "extxyz",
@@ -37,7 +36,7 @@ FORMATS = [
     "dcd",
     "xtc",
     "trr",
-    pytest.param("h5", marks=needs_tables),
+    "h5",
 ]
 ROUNDING = {"lammpstrj": 1e-6, "extxyz": 1e-8, "extxyz.gz": 1e-8, "traj": 0.0, "pdb": 1e-3, "xtc": 1e-2}
 
@@ -238,7 +237,7 @@ def test_turned_cells_are_turned_back(salt, kind, tmp_path):
         np.testing.assert_allclose(frames.positions, x, rtol=0, atol=2e-2 if kind == "xtc" else 2e-5)
 
 
-@pytest.mark.parametrize("kind", ["dcd", "xtc", "trr", "pdb", pytest.param("h5", marks=needs_tables)])
+@pytest.mark.parametrize("kind", ["dcd", "xtc", "trr", "pdb", "h5"])
 def test_the_cell_tells_how_a_sigma_is_stored(fcc, kind, tmp_path):
     x = displacements(fcc.crystal, 2) + fcc.crystal.sites
     for nm, name in ((False, "angstrom"), (True, "nm")):
@@ -376,6 +375,7 @@ BAD = {
             ("xtc", "truncated or corrupted"),
             ("trr", "truncated or corrupted"),
             ("traj", "truncated or corrupted"),
+            ("h5", "cannot be read as HDF5"),
             ("pdb", "frame 2: .*is it truncated"),
             ("extxyz", "frame 2: .*is it truncated"),
             ("lammpstrj", "frame 2: .*is it truncated"),
@@ -425,22 +425,6 @@ def test_bad_files_are_refused_in_one_line(case, ice, tmp_path):
         list(read(path, ice))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(str(path))
-
-
-@needs_tables
-def test_damaged_hdf5_is_refused_in_one_line(ice, tmp_path):
-    name, make = cut("h5")
-    make(tmp_path / name, ice, ice.crystal.sites + displacements(ice.crystal, 4))
-    with pytest.raises(InputError, match="cannot be read as HDF5") as error:
-        list(read(tmp_path / name, ice))
-    assert "\n" not in str(error.value)
-
-
-def test_hdf5_without_pytables(ice, tmp_path, monkeypatch):
-    (tmp_path / "a.h5").write_text("x")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match="pip install tables"):
-        list(read(tmp_path / "a.h5", ice))
 
 
 def test_wrong_species_and_topologies(salt, ice, tmp_path):
@@ -637,6 +621,50 @@ def test_energies_by_hand(fcc):
     assert energies(fcc, u[:0]).shape == (0,)
 
 
+def on_target(system, u):
+    """Energies from the system's target ensemble."""
+    with jax.enable_x64(True):
+        reduced = jax.jit(jax.vmap(system.target.reduced_potential, (0, None)))(u, system.state)
+    return (system.constants["lattice energy"] + np.asarray(reduced)) / float(system.state.beta)
+
+
+@pytest.mark.jax_defaults
+@pytest.mark.parametrize("system", ["ice", "hcp", "fcc"], indirect=True)
+def test_energies_are_those_of_the_target(system):
+    """Frames of all sizes, of which most fit a narrow table."""
+    crystal, half = system.crystal, nearest_neighbour_distance(system.crystal) / 2
+    small = displacements(crystal, 1100, size=0.02)
+    wide = displacements(crystal, 60, seed=1, size=0.3)
+    # As far out as the ensemble reaches, and some beyond.
+    wide *= (np.linspace(0.3, 1.2, 60) * half / np.linalg.norm(wide, axis=2).max(axis=1))[:, None, None]
+    u = np.concatenate([small, wide])[np.random.default_rng(2).permutation(1160)]
+    largest = np.linalg.norm(u, axis=2).max(axis=1)
+    found = energies(system, u)
+    np.testing.assert_array_equal(np.isfinite(found), largest < half)
+    some = np.concatenate([np.argsort(largest)[::40], np.argsort(largest)[-60:]])
+    np.testing.assert_allclose(found[some], on_target(system, u[some]), rtol=1e-9)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(energies(system, u[some], batch=7), found[some], rtol=1e-12)
+
+
+@pytest.mark.parametrize("system", ["ice", "hcp"], indirect=True)
+def test_no_pair_is_lost_where_two_atoms_come_together(system):
+    """The two sites furthest apart whose atoms can meet within the cutoff, for every width of table."""
+    crystal, half, cutoff = system.crystal, nearest_neighbour_distance(system.crystal) / 2, system.potential.cutoff
+    d = (crystal.sites - crystal.sites[0]) @ np.linalg.inv(crystal.cell)
+    d = (d - np.rint(d)) @ crystal.cell
+    apart = np.linalg.norm(d, axis=1)
+    u, missed = np.zeros((4, system.n_atoms, 3)), 0
+    for frame, reach in zip(u, half * np.array([0.37, 0.49, 0.74, 0.95]), strict=True):
+        # Pairs that come well inside the cutoff: a lost one shows.
+        other = int(np.argmax(np.where(apart < 0.97 * cutoff + 2 * reach, apart, 0)))
+        frame[0], frame[other] = reach * d[other] / apart[other], -reach * d[other] / apart[other]
+        missed += apart[other] > cutoff + reach
+    each = [energies(system, u[k : k + 1], batch=1)[0] for k in range(4)]
+    np.testing.assert_allclose(each, on_target(system, u), rtol=1e-9)
+    assert missed  # a table too narrow by half would not do
+
+
 def test_rounding_explains_energies_and_no_more(ice):
     u = displacements(ice.crystal, 30)
     for resolution in (1e-2, 1e-3, 1e-6):
@@ -648,10 +676,16 @@ def test_rounding_explains_energies_and_no_more(ice):
 
 
 def test_comparing_energies(ice):
-    ours = np.array([-750.0, -752.5, math.inf, -760.0])
-    close = ours + np.array([1e-4, -2e-4, 0, np.nan])
+    ours = np.array([-750.0, -752.5, math.inf, -760.0, -748.0, -755.0])
+    close = ours + np.array([1e-4, -2e-4, 0, np.nan, 0, 1e-4])
     same = compare_energies(close, ours, 3e-4, ice.units)
-    assert same.agrees and same.n_frames == 2 and same.max_deviation == pytest.approx(2e-4) and same.unit == "kcal/mol"
+    assert (
+        same.agrees
+        and same.n_frames == 4
+        and same.offset is None
+        and same.max_deviation == pytest.approx(2e-4)
+        and same.unit == "kcal/mol"
+    )
     assert not compare_energies(close, ours, 1e-4, ice.units).agrees
     ev = compare_energies(close / 23.0605478306, ours, 3e-4, ice.units)
     assert ev.agrees and ev.unit == "eV" and "they are in eV" in ev.verdict
@@ -659,11 +693,15 @@ def test_comparing_energies(ice):
     assert kj.agrees and kj.unit == "kJ/mol"
     # Reduced energies have one unit only.
     assert not compare_energies(close / 23.0605478306, ours, 3e-4, UNIT_STYLES["lj"]).agrees
-    offset = compare_energies(close + 12.0, ours, 3e-4, ice.units)
-    assert not offset.agrees and "always by 12: another zero of energy?" in offset.verdict
+    for unit, factor in (("kcal/mol", 1.0), ("eV", 23.0605478306)):
+        offset = compare_energies((close + 12.0) / factor, ours, 3e-4, ice.units)
+        assert offset.agrees is False and offset.offset == pytest.approx(12.0, abs=2e-4) and offset.unit == unit
+        assert "another zero of energy?" in offset.verdict
+    # Any two frames differ by something near a constant.
+    assert compare_energies((close + 12.0)[:2], ours[:2], 3e-4, ice.units).offset is None
     other = compare_energies(close * 1.1, ours, 3e-4, ice.units)
-    assert not other.agrees and "another potential" in other.verdict
-    none = compare_energies(np.full(4, np.nan), ours, 3e-4, ice.units)
+    assert not other.agrees and other.offset is None and "another potential" in other.verdict
+    none = compare_energies(np.full(6, np.nan), ours, 3e-4, ice.units)
     assert none.agrees is None and none.n_frames == 0
 
 
@@ -678,7 +716,7 @@ REFERENCE = [
     ("mw_cubic_64", "traj.lammpstrj"),
     ("mw_cubic_64", "traj.extxyz.gz"),
     ("mw_hexagonal_64", "traj.dcd"),
-    pytest.param("mw_hexagonal_64", "traj.h5", marks=needs_tables),
+    ("mw_hexagonal_64", "traj.h5"),
 ]
 
 

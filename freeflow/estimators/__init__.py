@@ -18,7 +18,12 @@ from freeflow.estimators.diagnostics import (
     reliability,
 )
 from freeflow.estimators.multistate import MBAREstimate, mbar
-from freeflow.estimators.timeseries import Equilibration, equilibrated, statistical_inefficiency
+from freeflow.estimators.timeseries import (
+    Equilibration,
+    chain_correlation,
+    equilibrated,
+    statistical_inefficiency,
+)
 from freeflow.estimators.two_state import ESTIMATORS, Estimator, bar, fep, record, require_float64
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "MBAREstimate",
     "bar",
     "bootstrap",
+    "chain_correlation",
     "diagnose",
     "drift",
     "effective_sample_size",

@@ -44,6 +44,24 @@ def statistical_inefficiency(series: Samples) -> float:
     return float(max(1.0, 1 + 2 * np.sum(correlation[:end] * (1 - lag[:end] / n))))
 
 
+def chain_correlation(series: np.ndarray) -> tuple[np.ndarray, float]:
+    """Autocorrelation (n,) of a stationary number of several chains (n, n_chains), and its inefficiency g >= 1.
+
+    Deviations are from the mean of all chains, so that a short series does not mistake its own mean for
+    the ensemble's. g = 1 + 2 sum_t C(t) up to the first crossing of zero.
+    """
+    x = np.asarray(series, np.float64) - np.mean(series)
+    n = len(x)
+    padded = next_fast_len(2 * n, real=True)
+    spectrum = np.asarray(rfft(x, padded, axis=0))
+    sums = np.asarray(irfft(np.abs(spectrum) ** 2, padded, axis=0))[:n].sum(axis=1)
+    if not sums[0] > 0:
+        return (np.arange(n) == 0).astype(float), 1.0
+    correlation = sums / (n - np.arange(n)) * n / sums[0]
+    crossed = np.flatnonzero(correlation <= 0)
+    return correlation, float(max(1.0, 1 + 2 * correlation[1 : crossed[0] if crossed.size else n].sum()))
+
+
 def equilibrated(series: Samples) -> Equilibration:
     """Start of the equilibrated part of a series (n,): where the effective samples after it are most.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from freeflow.errors import InputError
+from freeflow.errors import LostCrystalError
 from freeflow.estimators import equilibrated, statistical_inefficiency
 from freeflow.trajectories.series import FrameSeries
 
@@ -41,6 +41,14 @@ class Equilibrium(NamedTuple):
         choice = np.flatnonzero(self.used[self.series.kept])
         choice = choice[np.linspace(0, len(choice) - 1, min(n, len(choice))).round().astype(int)]
         return self.series.displacements[choice], max(1.0, len(choice) / self.effective)
+
+    def halves(self) -> tuple[Equilibrium, Equilibrium]:
+        """The earlier and the later half of what is in equilibrium: what one is fitted to, the other can test."""
+        n = self.series.n_frames
+        middle = (self.start + n) // 2
+        return self._replace(series=self.series.part(0, middle)), Equilibrium(
+            self.series.part(middle, n), 0, self.inefficiency
+        )
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -78,7 +86,7 @@ def equilibrium(series: FrameSeries) -> Equilibrium:
     """Where equilibration ends, by the energies, and the statistical inefficiency from there on.
 
     Raises:
-        InputError: If no frame is this crystal.
+        LostCrystalError: If no frame is this crystal.
 
     References: Chodera, J. Chem. Theory Comput. 12, 1799 (2016).
     """
@@ -86,6 +94,6 @@ def equilibrium(series: FrameSeries) -> Equilibrium:
     if not len(sound):
         melted = int(series.melted.sum())
         state = f"{melted} melted, {series.n_frames - melted} with an atom off its site"
-        raise InputError(f"{series.path}: none of {series.n_frames} frames is this crystal ({state})")
+        raise LostCrystalError(f"{series.path}: none of {series.n_frames} frames is this crystal ({state})")
     start, inefficiency, _ = equilibrated(series.energies[sound])
     return Equilibrium(series, int(sound[start]) if start else 0, inefficiency)

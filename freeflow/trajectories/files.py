@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import importlib.util
 import math
 import re
 import warnings
@@ -628,11 +627,12 @@ def _dcd(request: _Request) -> Iterator[_Block]:
             raise InputError(f"the header announces {control[0]} frames, the file holds {whole}; is it truncated?")
     if not whole:
         return
-    frames = np.memmap(request.path, record, "r", offset, (whole,))
     last = whole if request.stop is None else min(whole, request.stop)
     span = request.chunk * request.stride
     for first in range(request.start, last, span):
-        part = frames[first : min(first + span, last) : request.stride]
+        # Mapped anew for each chunk: pages that have been read do not stay in memory.
+        shape, at = (min(span, last - first),), offset + first * record.itemsize
+        part = np.memmap(request.path, record, "r", at, shape)[:: request.stride]
         bad = [np.flatnonzero(part[name] != length) for name, length in markers.items()]
         worst = min((int(where[0]) for where in bad if where.size), default=None)
         if worst is not None:
@@ -706,8 +706,6 @@ def _gromacs_rounding(positions: np.ndarray) -> float:
 
 
 def _hdf5(request: _Request) -> Iterator[_Block]:
-    if importlib.util.find_spec("tables") is None:
-        raise InputError("reading HDF5 files needs PyTables; install it with: pip install tables")
     from mdtraj.formats import HDF5TrajectoryFile
 
     with HDF5TrajectoryFile(str(request.path)) as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,21 @@ class FrameSeries(NamedTuple):
     def sound(self) -> Bool[np.ndarray, " n_frames"]:
         """Frames of the labelled crystal, which the system's target ensemble is made of."""
         return self.n_off == 0
+
+    def part(self, start: int, stop: int) -> FrameSeries:
+        """Frames start to stop - 1 alone."""
+        some, inside = slice(start, stop), (self.kept >= start) & (self.kept < stop)
+        return self._replace(
+            n_frames=stop - start,
+            energies=self.energies[some],
+            file_energies=self.file_energies[some],
+            mean_squared_displacements=self.mean_squared_displacements[some],
+            n_off=self.n_off[some],
+            melted=self.melted[some],
+            hopped=self.hopped[some],
+            kept=self.kept[inside] - start,
+            displacements=self.displacements[inside],
+        )
 
 
 def frame_series(
@@ -72,26 +88,43 @@ def frame_series(
     if max_coordinates < 3 * system.n_atoms:
         raise InputError(f"max_coordinates: {max_coordinates} hold no frame of {system.n_atoms} atoms")
     store = _Store(system.n_atoms, max_coordinates)
+    ours: list[Future[np.ndarray]] = []
     columns: list[tuple[np.ndarray, ...]] = []
     guess, resolution, n_done = None, 0.0, 0
-    for frames in read(path, system, topology, start=start, stop=stop, stride=stride, sigma=sigma):
-        aligned = to_displacements(frames.positions, system.crystal, frames.species, guess)
-        u, sound = aligned.displacements, aligned.sound
-        if sound.any():
-            guess = aligned.order[np.flatnonzero(sound)[-1]]
-        spread = np.einsum("fni,fni->f", u, u) / system.n_atoms
-        columns.append((energies(system, u), frames.energies, spread, aligned.n_off, aligned.melted, aligned.hopped))
-        store.add(n_done, u, sound)
-        resolution = max(resolution, frames.resolution)
-        n_done += len(u)
-        if progress is not None:
-            progress(n_done)
-    ours, theirs, spread, n_off, melted, hopped = (np.concatenate(column) for column in zip(*columns, strict=True))
+    with ThreadPoolExecutor(1) as side:
+        for frames in read(path, system, topology, start=start, stop=stop, stride=stride, sigma=sigma):
+            aligned = to_displacements(frames.positions, system.crystal, frames.species, guess)
+            u, sound = aligned.displacements, aligned.sound
+            if sound.any():
+                guess = aligned.order[np.flatnonzero(sound)[-1]]
+            # Energies of one chunk, not more, are found while the next is read and aligned.
+            wait(ours[-1:])
+            ours.append(side.submit(energies, system, u))
+            spread = np.einsum("fni,fni->f", u, u) / system.n_atoms
+            columns.append((frames.energies, spread, aligned.n_off, aligned.melted, aligned.hopped))
+            store.add(n_done, u, sound)
+            resolution = max(resolution, frames.resolution)
+            n_done += len(u)
+            if progress is not None:
+                progress(n_done)
+    recomputed = np.concatenate([chunk.result() for chunk in ours])
+    theirs, spread, n_off, melted, hopped = (np.concatenate(column) for column in zip(*columns, strict=True))
     kept, displacements = store.result()
     precision = energy_precision(system, displacements, resolution)
-    comparison = compare_energies(theirs, ours, precision, system.units)
+    comparison = compare_energies(theirs, recomputed, precision, system.units)
     return FrameSeries(
-        str(path), n_done, ours, theirs, spread, n_off, melted, hopped, resolution, comparison, kept, displacements
+        str(path),
+        n_done,
+        recomputed,
+        theirs,
+        spread,
+        n_off,
+        melted,
+        hopped,
+        resolution,
+        comparison,
+        kept,
+        displacements,
     )
 
 

@@ -203,7 +203,8 @@ def _whole_files(targets: list[Path]) -> Iterator[list[Path]]:
     except InputError:
         raise
     except Exception as error:  # writers raise whatever their format happens to raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}; is the disk full?"
+        reason = getattr(error, "strerror", None) or detail
         raise FreeflowError(f"{targets[0]}: cannot be written: {reason}") from None
     finally:
         for neighbour in neighbours:
@@ -286,6 +287,7 @@ def _hdf5(path: Path, content: _Content) -> None:
     from mdtraj.formats import HDF5TrajectoryFile
 
     lengths, angles = _lengths_and_angles(0.1 * content.cell)
+    n_frames = 0
     with HDF5TrajectoryFile(str(path), "w") as file:
         file.topology = topology(content.system)
         for chunk in content.chunks:
@@ -296,6 +298,11 @@ def _hdf5(path: Path, content: _Content) -> None:
                 cell_lengths=np.tile(lengths.astype(np.float32), (n, 1)),
                 cell_angles=np.tile(angles.astype(np.float32), (n, 1)),
             )
+            n_frames += n
+    # A disk that fills up goes unnoticed until the file is opened again.
+    with HDF5TrajectoryFile(str(path)) as file:
+        if len(file) != n_frames:
+            raise OSError(f"{len(file)} of {n_frames} frames are there")
 
 
 def _pdb(path: Path, content: _Content) -> None:
