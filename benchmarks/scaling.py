@@ -16,8 +16,8 @@ import numpy as np
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import neighbour_table
-from freeflow.preparation import batch_size
 from freeflow.potentials import energy_and_gradient, lennard_jones, stillinger_weber
+from freeflow.preparation import batch_size
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}
 CASES = {  # lattice, number density, potential, repeats of the cubic cell

@@ -158,6 +158,20 @@ class Comparison:
             ("model samples", str(len(forward)), f"{_effective(forward):.0f} effective"),
         ]
 
+    @property
+    def free_energies(self) -> list[tuple[str, str, str]]:
+        """beta F / N in kT per atom as the model alone, model and frames, and the literature have it."""
+        result, published = self.result, self.system.published
+        both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
+        rows = [
+            ("FEP", _text(self.fep_per_atom), "model alone"),
+            ("BAR", both, f"with the reverse work of {len(result.work.reverse)} frames"),
+        ]
+        if published is not None:
+            error = math.nan if published.std_error is None else published.std_error
+            rows.append(("published", format_with_error(published.beta_f_per_atom, error), published.source))
+        return rows
+
     def __str__(self) -> str:
         import io
 
@@ -197,23 +211,7 @@ class Comparison:
             for check in self.checks
         ]
         yield "Checks", ("", "model", "trajectory", "statistic", "p", ""), checks
-        result, published = self.result, self.system.published
-        rows = [
-            (
-                "FEP",
-                format_with_error(float(self.fep_per_atom.mean), float(self.fep_per_atom.std_error)),
-                "model alone",
-            ),
-            (
-                "BAR",
-                format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error),
-                f"with the reverse work of {len(result.work.reverse)} frames",
-            ),
-        ]
-        if published is not None:
-            error = math.nan if published.std_error is None else published.std_error
-            rows.append(("published", format_with_error(published.beta_f_per_atom, error), published.source))
-        yield "beta F / N, in kT per atom", (), rows
+        yield "beta F / N, in kT per atom", (), [*self.free_energies]
 
 
 _STYLES = {"agree": "green", "disagree": "bold red", "not told": "yellow"}
@@ -386,11 +384,15 @@ def _profiles(
 
 def _free_energies(result: Result, alone: Average) -> tuple[str, str, str, str, Test]:
     """Whether forward work, reverse work and both together give one free energy."""
-    z = math.nan if result.hysteresis_z is None else result.hysteresis_z
-    # The largest of up to three, one of which follows from the others.
-    p = min(1.0, 2 * 2 * float(norm.sf(abs(z)))) if math.isfinite(z) else math.nan
+    if result.hysteresis_z is None or math.isnan(result.hysteresis_z):
+        # One side alone is too few samples for an error bar to rely on: forward against both, which share it.
+        error = math.hypot(float(alone.std_error), result.beta_f_per_atom_std_error)
+        z, times = (float(alone.mean) - result.beta_f_per_atom) / error if error > 0 else math.nan, 1
+    else:
+        z, times = result.hysteresis_z, 2  # the largest of up to three, one of which follows from the others
+    p = min(1.0, times * 2 * float(norm.sf(abs(z)))) if not math.isnan(z) else math.nan
     both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
-    said = f"z = {z:+.1f}" if math.isfinite(z) else "not estimable"
+    said = "not estimable" if math.isnan(z) else f"z = {z:+.1f}"
     return "beta F / N: FEP against BAR", f"{_text(alone)} kT", f"{both} kT", said, Test(z, p)
 
 
@@ -438,5 +440,7 @@ def _verdict(checks: list[Check], found: Equilibrium, effective: float, weak: tu
     if found.faults:
         melted = float((~found.series.sound).mean()) > 0.5
         return "disagree" if melted else "inconclusive", found.faults[0]
-    told = sum(check.passed is True for check in checks)
+    told, silent = (sum(check.passed is outcome for check in checks) for outcome in (True, None))
+    if silent:
+        return "inconclusive", f"{silent} of {len(checks)} checks could not be told; the others passed"
     return "agree", f"all {told} checks passed; a sound trajectory fails one time in {1 / FALSE_ALARMS:.0f}"

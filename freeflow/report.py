@@ -30,7 +30,7 @@ from freeflow.estimators import bar, fep, record
 from freeflow.estimators.two_state import bennett_shift
 from freeflow.observables import Average
 from freeflow.observers import Profile
-from freeflow.result import Result, _what, format_with_error, write_atomically
+from freeflow.result import Result, format_with_error, in_words, write_atomically
 from freeflow.trajectories import FrameSeries
 from freeflow.trajectories.recomputed import OTHER_ENERGIES
 from freeflow.types import Work
@@ -279,7 +279,7 @@ def _warnings(texts: Sequence[str]) -> _Markup:
 
 
 def _title(result: Result) -> _Markup:
-    return _join([_tag("h1", result.system.name), _tag("p", _what(result.system), class_="what")])
+    return _join([_tag("h1", result.system.name), _tag("p", in_words(result.system), class_="what")])
 
 
 def _tables(result: Result) -> _Markup:
@@ -303,7 +303,6 @@ def _estimate_head(result: Result) -> _Markup:
 def _comparison_head(comparison: Comparison) -> _Markup:
     result, series, units = comparison.result, comparison.series, comparison.system.units
     both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
-    alone = _with_error(comparison.fep_per_atom)
     outcomes = {True: "agree", False: "disagree", None: "not told"}
     checks = [
         (check.name, outcomes[check.passed], check.model, check.md, check.statistic, _p_value(check.p_value))
@@ -314,10 +313,6 @@ def _comparison_head(comparison: Comparison) -> _Markup:
         *comparison.facts,
         ("positions", f"{series.resolution:.2g}", f"{units.length}, to which the file rounds them"),
         ("wall time", f"{comparison.wall_seconds.get('total', math.nan):.1f} s", seconds),
-    ]
-    energies = [
-        ("βF / N, model and MD (BAR)", both, "kT per atom"),
-        ("βF / N, model alone (FEP)", alone, "kT per atom"),
     ]
     heads = ("check", "outcome", "model", "MD", "statistic", "p-value")
     return _join(
@@ -332,7 +327,7 @@ def _comparison_head(comparison: Comparison) -> _Markup:
                 _tag(
                     "section", _tag("h2", "Trajectory and model"), _tag("p", series.path, class_="what"), _table(facts)
                 ),
-                _tag("section", _tag("h2", "Free energy"), _table(energies)),
+                _tag("section", _tag("h2", "βF / N [kT per atom]"), _table(comparison.free_energies)),
                 class_="tables",
             ),
         ]
@@ -360,7 +355,7 @@ def _count(n: int) -> str:
 
 def _p_value(p: float) -> str:
     if math.isnan(p):
-        return "not estimable"
+        return ""
     return f"{p:.2g}" if p >= 1e-3 else f"{p:.0e}" if p > 0 else "0"
 
 
@@ -784,7 +779,14 @@ def _series_plot(series: FrameSeries, start: int, n_atoms: int, units: UnitStyle
     labels = (f"energy per atom\n[{_symbol(units.energy)}]", f"mean squared\ndisplacement [{_symbol(units.length)}²]")
     for axes, values, label in zip(panels, (energy, spread), labels, strict=True):
         mine = shown[np.isfinite(values[shown])]
-        axes.plot(mine, values[mine], color=_MD, linewidth=0.5, marker="." if len(mine) < 60 else "", label="frames")
+        axes.plot(
+            mine,
+            values[mine],
+            color=_MD,
+            linewidth=0.5 if len(mine) > 500 else 0.9,
+            marker="." if len(mine) < 60 else "",
+            label="frames",
+        )
         axes.set_ylabel(label)
         if start > 0:
             axes.axvspan(0, start, color=_GREY, alpha=0.2, linewidth=0, label="left out: equilibration")

@@ -221,7 +221,7 @@ class Result:
 
     def render(self, console: Console) -> None:
         """Print the table with error bars and verdict."""
-        heads = [("bold", self.system.name), ("", _what(self.system))]
+        heads = [("bold", self.system.name), ("", in_words(self.system))]
         for style, line in heads:
             console.print(Text(line, style=style))
         for title, rows in self.sections():
@@ -505,7 +505,8 @@ def _column(values: Mapping[str, float], error: float, with_error: set[str]) -> 
     return [pads[name] + text + (ends[name] if name in known else "") for name, text in texts.items()]
 
 
-def _what(system: System) -> str:
+def in_words(system: System) -> str:
+    """A system in one line: crystal, size, potential, temperature."""
     crystal = system.crystal.description or "crystal"
     potential = getattr(system.potential, "name", "")
     at = f"{system.temperature:g} {system.units.temperature}"

@@ -33,7 +33,7 @@ def pipeline(monkeypatch, tmp_path):
     fake = types.ModuleType("freeflow.pipeline")
     calls = types.SimpleNamespace(plan=None, cache="not asked", outcome=fake_result(), reports=[])
 
-    def estimate(system, plan, progress):
+    def estimate(system, plan, progress, *, radial_distribution=False):
         calls.plan = plan
         for report in calls.reports:
             if progress is not None:
@@ -66,9 +66,9 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; use one of estimate, systems, train, validate"),
+        ([], "no command given; use one of compare, estimate, sample, systems, train, validate"),
         (["estimat"], "no such command 'estimat'; did you mean estimate?"),
-        (["compute"], "no such command 'compute'; use one of estimate, systems, train, validate"),
+        (["zap"], "no such command 'zap'; use one of compare, estimate, sample, systems, train, validate"),
         (["--xyz"], "no such option --xyz; see 'freeflow --help'"),
         (["estimate", "x", "--xyz"], "no such option --xyz; see 'freeflow estimate --help'"),
         (["estimate", "x", "--max-sample", "3"], "no such option --max-sample; did you mean --max-samples?"),
@@ -117,7 +117,7 @@ def test_the_system_file_is_not_replaced_by_its_result(capsys, tmp_path):
     assert run(capsys, "estimate", str(path), "--json", f"{tmp_path}/./s.yaml") == (
         2,
         "",
-        f"freeflow: error: --json: {tmp_path}/./s.yaml: this would replace the system file\n",
+        f"freeflow: error: --json: {tmp_path}/./s.yaml: this would replace a file that is read\n",
     )
 
 

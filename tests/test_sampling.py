@@ -56,7 +56,7 @@ def test_monte_carlo_and_model_have_the_same_averages(drawn, other):
 
 
 def test_monte_carlo_knows_the_virial_of_a_harmonic_solid(small):
-    """At 2 K the crystal is harmonic: energy above the lattice 3 (N - 1) / 2 kT, exactly, with a variance of as much."""
+    """At 2 K the crystal is harmonic: 3 (N - 1) / 2 kT of energy above the lattice, with a variance of as much."""
     cold = ff.load({**small.config, "name": "cold", "temperature": 2.0, "published": None})
     result = sampling.sample(cold, N, seed=1)
     above = result.energies * float(cold.state.beta) - cold.constants["lattice energy"]
