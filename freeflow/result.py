@@ -122,12 +122,12 @@ class Result:
             FreeflowError: If it cannot be written.
         """
         forward, reverse = ([float(w) for w in part] for part in self.work)
-        rows = [(time, 0.0, 0.0, w) for time, w in enumerate(forward)]
-        rows += [(time, 1.0, w, 0.0) for time, w in enumerate(reverse)]
+        rows = [(float(time), 0.0, 0.0, w) for time, w in enumerate(forward)]
+        rows += [(float(time), 1.0, w, 0.0) for time, w in enumerate(reverse)]
         if str(path).endswith(".parquet"):
             write_atomically(path, _parquet(rows, self.system.temperature))
         else:
-            lines = [f"{time},{state},{u_0!r},{u_1!r}" for time, state, u_0, u_1 in rows]
+            lines = [f"{time:.0f},{state},{u_0!r},{u_1!r}" for time, state, u_0, u_1 in rows]
             write_atomically(path, "\n".join(["time,fep-lambda,0.0,1.0", *lines]) + "\n")
 
     @property
