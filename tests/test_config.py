@@ -442,7 +442,7 @@ def test_shipped_files_are_named_after_their_content(name):
 def test_the_folder_beside_the_code_comes_first(tmp_path, monkeypatch):
     (tmp_path / "systems").mkdir()
     (tmp_path / "systems" / "only.yaml").write_text("# Only one\n" + GOOD)
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    monkeypatch.setattr(config.files, "__file__", str(tmp_path / "config" / "files.py"))
     assert [(s.name, s.description) for s in config.shipped()] == [("only", "Only one")]
 
 

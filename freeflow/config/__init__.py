@@ -1,0 +1,32 @@
+"""system.yaml: strict, units on the way in.
+
+A file is read once and checked once. Every problem is one line that names the file, the line, the
+key and, where there is one, the nearest valid word. Importing this package does not start JAX.
+`schema` says what a file may say, `problems` what is wrong with one, `files` makes systems of them.
+"""
+
+from freeflow.config.files import ShippedSystem, dump, load, read, revise, shipped
+from freeflow.config.schema import (
+    STILLINGER_WEBER_PRESETS,
+    AtomicSolidsSection,
+    EstimateSection,
+    ResidualSection,
+    SystemSection,
+)
+from freeflow.config.words import nearest, suggest
+
+__all__ = [
+    "STILLINGER_WEBER_PRESETS",
+    "AtomicSolidsSection",
+    "EstimateSection",
+    "ResidualSection",
+    "ShippedSystem",
+    "SystemSection",
+    "dump",
+    "load",
+    "nearest",
+    "read",
+    "revise",
+    "shipped",
+    "suggest",
+]

@@ -1,0 +1,190 @@
+"""From files to systems: read once, checked once.
+
+Importing this module does not start JAX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from freeflow.config.problems import validate
+from freeflow.config.schema import EstimateSection, SystemSection
+from freeflow.config.words import nearest, show, show_path
+from freeflow.config.yaml_lines import Dumper, parse
+from freeflow.errors import InputError
+
+if TYPE_CHECKING:
+    from freeflow.types import Crystal, Plan, System
+
+MAX_FILE_BYTES = 1_000_000
+
+
+def load(source: str | Path | Mapping[str, Any]) -> System:
+    """Read and check a system, and make the problem it describes.
+
+    Args:
+        source: Path of a system.yaml, the name of a system that ships with freeflow, or the same
+            content as a mapping.
+
+    Raises:
+        InputError: If anything is wrong with it; one line that says where.
+    """
+    label, folder, section = read(source)
+    from freeflow.crystals import crystal_system
+
+    try:
+        return crystal_system(
+            name=section.name,
+            crystal=_crystal(section, folder),
+            potential=section.potential.build(),
+            units=section.unit_style,
+            temperature=section.temperature,
+            thermal_wavelength=section.resolved_wavelength,
+            nearest_image_only=section.potential.nearest_image_only,
+            plan=section.estimate.plan(folder),
+            published=section.published and section.published.record(),
+            config=_with_absolute_paths(section.resolved(), folder),
+        )
+    except InputError as error:
+        raise type(error)(f"{label}: {error}") from error
+
+
+def read(source: str | Path | Mapping[str, Any]) -> tuple[str, Path, SystemSection]:
+    """Read and check a system file without making anything of it.
+
+    Returns:
+        What to call the source in messages, the folder that relative paths start at, the content.
+    """
+    if isinstance(source, Mapping):
+        return "system", Path(), validate(SystemSection, source, "system", {})
+    if not isinstance(source, str | Path):
+        raise InputError(f"a system is a path, a name or a mapping, not {show(source)}")
+    path = _find(source)
+    label = show_path(path)
+    data, lines = parse(_read_text(path, label), label)
+    return label, path.parent, validate(SystemSection, data, label, lines)
+
+
+def revise(plan: Plan, **changes: Any) -> Plan:
+    """The plan with some of its values replaced, checked like the file's `estimate` section.
+
+    Raises:
+        InputError: If there is no such value or it is impossible; the message starts with its name.
+    """
+    from freeflow.types import FlowPlan, TrajectoryPlan
+
+    values = {**vars(plan), **changes}
+    bridge, flow, trajectory = (values.pop(name) for name in ("bridge", "flow", "trajectory"))
+    values["bridge"] = None if bridge is None else {"stages": bridge}
+    values["flow"] = flow.values() if isinstance(flow, FlowPlan) else flow
+    values["trajectory"] = dict(vars(trajectory)) if isinstance(trajectory, TrajectoryPlan) else trajectory
+    if changes.get("trajectory") is not None and "estimator" not in changes:
+        values["estimator"] = "bar"
+    return validate(EstimateSection, values, "", {}, ("estimate",)).plan()
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """The text of a system.yaml with these values; reading it gives them back."""
+    return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class ShippedSystem(NamedTuple):
+    """One line of the list of systems that come with freeflow."""
+
+    name: str
+    description: str
+    beta_f_per_atom: float | None
+    std_error: float | None
+    source: str
+
+
+def shipped() -> list[ShippedSystem]:
+    """The systems that come with freeflow, by name; the description is the file's first comment."""
+    systems = []
+    for name, path in _shipped_files().items():
+        text = path.read_text(encoding="utf-8")
+        comment = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
+        published = read(path)[2].published
+        value = (published.beta_f_per_atom, published.std_error, published.source) if published else (None, None, "")
+        systems.append(ShippedSystem(name, comment, *value))
+    return systems
+
+
+def _crystal(section: SystemSection, folder: Path) -> Crystal:
+    from freeflow.crystals import lattice_crystal, structure_crystal
+
+    if section.structure is not None:
+        return structure_crystal(folder / section.structure.file, section.structure.repeats)
+    assert section.crystal is not None
+    crystal = section.crystal
+    return lattice_crystal(
+        crystal.lattice,
+        crystal.repeats,
+        number_density=crystal.number_density,
+        lattice_constant=crystal.lattice_constant,
+    )
+
+
+def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "structure" in values:
+        values["structure"]["file"] = str((folder / values["structure"]["file"]).absolute())
+    flow = values["estimate"]["flow"] or {}
+    if flow.get("checkpoint", "shipped") != "shipped":
+        flow["checkpoint"] = str((folder / flow["checkpoint"]).absolute())
+    trajectory = values["estimate"]["trajectory"] or {}
+    for key in [key for key in ("file", "topology") if trajectory.get(key)]:
+        trajectory[key] = str((folder / trajectory[key]).absolute())
+    return values
+
+
+def _shipped_files() -> dict[str, Path]:
+    package = Path(__file__).parents[1]
+    inside = package / "systems"  # in a wheel; beside the package in a source checkout
+    folder = inside if inside.is_dir() else package.parent / "systems"
+    by_number = sorted(
+        folder.glob("*.yaml"), key=lambda path: (re.sub(r"\d+", "", path.stem), len(path.stem), path.stem)
+    )
+    return {path.stem: path for path in by_number}
+
+
+def _find(source: str | Path) -> Path:
+    names = _shipped_files()
+    text = str(source)
+    if isinstance(source, str) and source in names:
+        return names[source]
+    path = Path(source)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError):
+        exists = False
+    if exists:
+        return path
+    if isinstance(source, Path) or "/" in text or path.suffix in {".yaml", ".yml"}:
+        near = nearest(path.stem, list(names))
+        hint = f"; a system called {near} ships with freeflow" if near else ""
+        raise InputError(f"{show_path(path)}: no such file{hint}")
+    near = nearest(text, list(names))
+    hint = f"did you mean {near}?" if near else "'freeflow systems' lists what ships"
+    raise InputError(f"no file and no shipped system called {show(text)}; {hint}")
+
+
+def _read_text(path: Path, label: str) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except IsADirectoryError:
+        raise InputError(f"{label}: is a directory; give the system.yaml in it") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{label}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise InputError(f"{label}: larger than {MAX_FILE_BYTES} bytes; this is no system.yaml")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{label}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from None

@@ -1,0 +1,466 @@
+"""What a system.yaml may say: strict, frozen, with units and bounds. Importing this module does not start JAX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from freeflow.config.words import describe, show
+from freeflow.units import UnitStyle, unit_style
+
+if TYPE_CHECKING:
+    from freeflow.potentials import Potential
+    from freeflow.types import FlowPlan, Plan, Published, TrainingPlan, TrajectoryPlan
+
+MAX_CELLS = 100_000
+
+# Parameters in the units that they were published in, under `units`.
+STILLINGER_WEBER_PRESETS: dict[str, dict[str, Any]] = {
+    # Molinero and Moore, J. Phys. Chem. B 113, 4008 (2009).
+    "mw": {
+        "units": "real",
+        "epsilon": 6.189,
+        "sigma": 2.3925,
+        "a": 1.8,
+        "lambda": 23.15,
+        "gamma": 1.2,
+        "cos_theta0": -1 / 3,
+        "A": 7.049556277,
+        "B": 0.6022245584,
+        "p": 4.0,
+        "q": 0.0,
+    },
+    # Stillinger and Weber, Phys. Rev. B 31, 5262 (1985).
+    "silicon": {
+        "units": "metal",
+        "epsilon": 2.1683,
+        "sigma": 2.0951,
+        "a": 1.8,
+        "lambda": 21.0,
+        "gamma": 1.2,
+        "cos_theta0": -1 / 3,
+        "A": 7.049556277,
+        "B": 0.6022245584,
+        "p": 4.0,
+        "q": 0.0,
+    },
+}
+
+
+def _wrong(message: str, key: tuple[str, ...] = ()) -> PydanticCustomError:
+    # Braces would be read as a template; user text goes in as a value.
+    return PydanticCustomError("freeflow", "{message}", {"message": message, "key": key})
+
+
+def _three(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise _wrong(f"expected three whole numbers like [2, 2, 2], got {show(value)}")
+    return tuple(value)
+
+
+def _few_cells(repeats: tuple[int, int, int]) -> tuple[int, int, int]:
+    cells = repeats[0] * repeats[1] * repeats[2]
+    if cells > MAX_CELLS:
+        raise _wrong(f"{cells} repeated cells are more than the {MAX_CELLS} that fit in memory")
+    return repeats
+
+
+def _stages(value: Any) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1_000_000):
+        return value
+    raise _wrong(f"expected auto or a whole number from 1 to 1000000, got {show(value)}")
+
+
+def _line_of_text(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise _wrong(f"expected one line of printable text, got {show(value)}")
+    return value
+
+
+Repeat = Annotated[int, Field(ge=1, le=MAX_CELLS)]
+Repeats = Annotated[tuple[Repeat, Repeat, Repeat], BeforeValidator(_three), AfterValidator(_few_cells)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_line_of_text)]
+
+
+class Section(BaseModel):
+    """A mapping of the file: exact types, finite numbers, no other keys, no changes afterwards."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PotentialSection(Section):
+    """What all potentials have."""
+
+    nearest_image_only: bool = Field(
+        default=False,
+        description="take the nearest image alone, even where the cutoff reaches beyond half the box",
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """Every number of the potential, defaults and presets filled in, under the file's keys."""
+        return self.model_dump(by_alias=True, exclude={"kind", "preset", "nearest_image_only"})
+
+    @property
+    def sigma_length(self) -> float:
+        """The potential's length scale [length]."""
+        return self.parameters()["sigma"]
+
+
+class LennardJones(PotentialSection):
+    """12-6 potential; `shift` moves the energy at the cutoff to zero."""
+
+    kind: Literal["lennard_jones"]
+    epsilon: PositiveFloat = Field(default=1.0, description="[energy]")
+    sigma: PositiveFloat = Field(default=1.0, description="[length]")
+    cutoff: PositiveFloat = Field(description="[length]")
+    shift: bool = True
+
+    def build(self) -> Potential:
+        """The potential as functions."""
+        from freeflow.potentials import lennard_jones
+
+        return lennard_jones(**self.parameters())
+
+
+class WeeksChandlerAndersen(PotentialSection):
+    """The repulsive part of the 12-6 potential, cut at its minimum."""
+
+    kind: Literal["wca"]
+    epsilon: PositiveFloat = Field(default=1.0, description="[energy]")
+    sigma: PositiveFloat = Field(default=1.0, description="[length]")
+
+    def build(self) -> Potential:
+        """The potential as functions."""
+        from freeflow.potentials import wca
+
+        return wca(**self.parameters())
+
+
+class StillingerWeber(PotentialSection):
+    """Two- and three-body potential; a preset, changed where numbers are given, or every number."""
+
+    kind: Literal["stillinger_weber"]
+    preset: Literal["mw", "silicon"] | None = None
+    epsilon: PositiveFloat | None = Field(default=None, description="[energy]")
+    sigma: PositiveFloat | None = Field(default=None, description="[length]")
+    a: float | None = Field(default=None, gt=0, description="cutoff in units of sigma")
+    lam: float | None = Field(default=None, ge=0, alias="lambda")
+    gamma: float | None = Field(default=None, gt=0)
+    cos_theta0: float | None = Field(default=None, ge=-1, le=1)
+    A: float | None = Field(default=None, gt=0)
+    B: float | None = Field(default=None, ge=0)
+    p: float | None = Field(default=None, gt=0)
+    q: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> StillingerWeber:
+        missing = [key for key, value in self.parameters().items() if value is None]
+        if missing:
+            known = ", ".join(STILLINGER_WEBER_PRESETS)
+            raise _wrong(f"missing {', '.join(missing)}; give every parameter, or a preset ({known})")
+        return self
+
+    def parameters(self) -> dict[str, Any]:
+        """Every number of the potential, the preset's where the file gives none."""
+        given = super().parameters()
+        preset = STILLINGER_WEBER_PRESETS[self.preset] if self.preset else {}
+        return {key: preset.get(key) if value is None else value for key, value in given.items()}
+
+    def build(self) -> Potential:
+        """The potential as functions."""
+        from freeflow.potentials import stillinger_weber
+
+        numbers = self.parameters()
+        return stillinger_weber(lam=numbers.pop("lambda"), **numbers)
+
+
+class CrystalSection(Section):
+    """Atoms on a repeated lattice."""
+
+    lattice: Literal["sc", "bcc", "fcc", "hcp", "diamond", "hexagonal_ice"]
+    repeats: Repeats = Field(description="of the conventional cell")
+    number_density: PositiveFloat | None = Field(default=None, description="[1/length**3]")
+    lattice_constant: PositiveFloat | None = Field(default=None, description="edge of the conventional cell [length]")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> CrystalSection:
+        if self.number_density is None and self.lattice_constant is None:
+            raise _wrong("give number_density or lattice_constant")
+        if self.number_density is not None and self.lattice_constant is not None:
+            raise _wrong("give number_density or lattice_constant, not both")
+        return self
+
+
+class StructureSection(Section):
+    """Atoms from a file that ASE reads; a relative path starts at the folder of the system file."""
+
+    file: Text
+    repeats: Repeats = (1, 1, 1)
+
+
+class BridgeSection(Section):
+    """Annealed transport between the reference and the crystal."""
+
+    stages: Annotated[int | str, BeforeValidator(_stages)] = "auto"
+
+
+class TrainingSection(Section):
+    """How to train a flow; where neither steps nor minutes are given there are 2000 steps."""
+
+    loss: Literal["path_gradient", "reverse_kl", "forward_kl", "lbar"] = Field(
+        default="path_gradient", description="the last two learn from a trajectory"
+    )
+    max_steps: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_minutes: float | None = Field(default=None, gt=0, le=10**6, description="compilation included")
+    batch_size: int = Field(default=32, ge=1, le=10**6)
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    clip: float = Field(default=4.0, gt=0, description="longest gradient, in units of its usual norm")
+    average: float = Field(default=0.99, ge=0, lt=1, description="decay of the running average of parameters")
+    min_gain: float = Field(default=0.01, ge=0, description="[kT] per third of the run; less is a plateau")
+
+    def plan(self) -> TrainingPlan:
+        """The same as the record that the trainer takes."""
+        from freeflow.types import TrainingPlan
+
+        return TrainingPlan(**self.model_dump())
+
+
+class StoredFlowSection(Section):
+    """A flow that was trained before."""
+
+    checkpoint: Text = Field(description="file or folder of a run, from the system file's folder; or shipped")
+
+    def plan(self, folder: Path) -> FlowPlan:
+        """The same as the record that the pipeline takes."""
+        from freeflow.types import FlowPlan
+
+        path = self.checkpoint
+        return FlowPlan(checkpoint=path if path == "shipped" else str((folder / path).absolute()))
+
+
+class _TrainedFlowSection(Section):
+    training: TrainingSection = TrainingSection()
+
+    def plan(self, folder: Path) -> FlowPlan:
+        """The same as the record that the pipeline takes; options that were not given are left to the builder."""
+        from freeflow.types import FlowPlan
+
+        values = self.model_dump(exclude={"architecture", "training"}, exclude_none=True)
+        architecture: str = self.architecture  # pyright: ignore[reportAttributeAccessIssue]
+        return FlowPlan(architecture=architecture, options=values, training=self.training.plan())
+
+
+class ResidualSection(_TrainedFlowSection):
+    """Couplings of the sites of a crystal, by colours; see freeflow.flows.residual for the defaults."""
+
+    architecture: Literal["residual"]
+    n_sweeps: PositiveInt | None = None
+    width: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    colour_distance: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
+    reach: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
+    scale: PositiveFloat | None = Field(default=None, description="[length]")
+
+
+class AtomicSolidsSection(_TrainedFlowSection):
+    """Circular splines of fractional coordinates; see freeflow.flows.atomic_solids for the defaults."""
+
+    architecture: Literal["atomic_solids"]
+    n_layers: PositiveInt | None = None
+    n_blocks: PositiveInt | None = None
+    width: PositiveInt | None = None
+    n_heads: PositiveInt | None = None
+    n_bins: PositiveInt | None = None
+    n_frequencies: PositiveInt | None = None
+    stddev: PositiveFloat | None = Field(default=None, description="[length]")
+
+
+def kind_of_flow(value: Any) -> str | None:
+    """The key of `FLOWS` that a section is of; None if it does not say."""
+    if isinstance(value, Mapping):
+        return "checkpoint" if "checkpoint" in value else _text_or_none(value.get("architecture"))
+    return getattr(value, "architecture", "checkpoint" if isinstance(value, StoredFlowSection) else None)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+FlowSection = Annotated[
+    Annotated[StoredFlowSection, Tag("checkpoint")]
+    | Annotated[ResidualSection, Tag("residual")]
+    | Annotated[AtomicSolidsSection, Tag("atomic_solids")],
+    Discriminator(kind_of_flow),
+]
+
+
+def _frames(value: str) -> str:
+    found = re.fullmatch(r"(\d{0,15}):(\d{0,15})(?::(\d{0,15}))?", value)
+    if found is None:
+        raise _wrong(f"expected START:STOP:STRIDE in whole numbers, such as 100: or ::2, got {show(value)}")
+    start, stop, stride = found.groups()
+    if stride and int(stride) == 0:
+        raise _wrong("the stride must be at least 1")
+    if stop and int(stop) <= int(start or 0):
+        raise _wrong(f"no frames lie in {value}")
+    return value
+
+
+def _file_alone(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
+
+
+class TrajectorySection(Section):
+    """Frames of another program as samples of the target; a file name alone will do."""
+
+    file: Text = Field(description="from the system file's folder")
+    topology: Text | None = Field(default=None, description="checked against the system; no format needs one")
+    frames: Annotated[str, Field(max_length=60), AfterValidator(_frames)] = Field(
+        default=":", description="START:STOP:STRIDE, as in Python"
+    )
+    sigma: Literal["angstrom", "nm"] | None = Field(
+        default=None, description="what one sigma is stored as, where lj units meet a file without a cell"
+    )
+
+    def plan(self, folder: Path) -> TrajectoryPlan:
+        """The same as the record that the pipeline takes."""
+        from freeflow.types import TrajectoryPlan
+
+        topology = None if self.topology is None else str((folder / self.topology).absolute())
+        return TrajectoryPlan(str((folder / self.file).absolute()), topology, self.frames, self.sigma)
+
+
+class EstimateSection(Section):
+    """How to estimate."""
+
+    reference: Literal["einstein", "harmonic", "self_consistent"] = "self_consistent"
+    flow: FlowSection | None = None
+    bridge: BridgeSection | None = BridgeSection()
+    estimator: Literal["fep", "bar"] = Field(default="fep", description="bar if there is a trajectory")
+    trajectory: Annotated[TrajectorySection | None, BeforeValidator(_file_alone)] = None
+    target_error: float = Field(default=1e-4, gt=0, description="one standard error [kT per atom]")
+    max_samples: int = Field(default=100_000, ge=2, le=10**10)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    precision: Literal["float32", "float64"] = "float32"
+
+    @model_validator(mode="after")
+    def _used(self) -> EstimateSection:
+        if self.trajectory is not None and self.estimator == "fep":
+            if "estimator" in self.model_fields_set:
+                raise _wrong("fep makes no use of a trajectory; use bar", ("estimator",))
+            return self.model_copy(update={"estimator": "bar"})
+        return self
+
+    def plan(self, folder: Path = Path()) -> Plan:
+        """The same as the record that the pipeline takes; relative paths start at `folder`."""
+        from freeflow.types import Plan
+
+        values = self.model_dump(exclude={"flow", "bridge", "trajectory"})
+        return Plan(
+            bridge=self.bridge and self.bridge.stages,
+            flow=self.flow and self.flow.plan(folder),
+            trajectory=self.trajectory and self.trajectory.plan(folder),
+            **values,
+        )
+
+
+class PublishedSection(Section):
+    """A value from the literature to compare with."""
+
+    beta_f_per_atom: float
+    std_error: PositiveFloat | None = None
+    source: Annotated[str, Field(max_length=1000)] = ""
+
+    def record(self) -> Published:
+        """The same as the record that a System carries."""
+        from freeflow.types import Published
+
+        return Published(self.beta_f_per_atom, self.std_error, self.source)
+
+
+class SystemSection(Section):
+    """The whole of system.yaml."""
+
+    name: Annotated[Text, Field(max_length=100)]
+    units: Literal["lj", "real", "metal"]
+    temperature: PositiveFloat = Field(description="[K], or [epsilon/k_B] in lj units")
+    boltzmann: PositiveFloat | None = Field(default=None, description="replaces the unit style's k_B")
+    potential: Annotated[LennardJones | StillingerWeber | WeeksChandlerAndersen, Field(discriminator="kind")]
+    crystal: CrystalSection | None = None
+    structure: StructureSection | None = None
+    thermal_wavelength: PositiveFloat | None = Field(default=None, description="[length]; the potential's sigma")
+    estimate: EstimateSection = EstimateSection()
+    published: PublishedSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SystemSection:
+        if self.crystal is not None and self.structure is not None:
+            raise _wrong("give crystal or structure, not both", ("structure",))
+        if self.crystal is None and self.structure is None:
+            raise _wrong("give crystal (a named lattice) or structure (a file)")
+        preset = self.potential.preset if isinstance(self.potential, StillingerWeber) else None
+        if preset is not None and (native := STILLINGER_WEBER_PRESETS[preset]["units"]) != self.units:
+            message = f"{preset} is in units {native} ({describe(native)}), but this file's units are {self.units}"
+            raise _wrong(message, ("potential", "preset"))
+        return self
+
+    @property
+    def unit_style(self) -> UnitStyle:
+        """Units, with the file's own Boltzmann constant if it gives one."""
+        return unit_style(self.units, self.boltzmann)
+
+    @property
+    def resolved_wavelength(self) -> float:
+        """Thermal wavelength [length]: the potential's sigma unless given."""
+        return self.potential.sigma_length if self.thermal_wavelength is None else self.thermal_wavelength
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with every default filled in; loading them again gives the same system."""
+        values = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        values["boltzmann"] = self.unit_style.boltzmann
+        values["thermal_wavelength"] = self.resolved_wavelength
+        small_box = values["potential"].pop("nearest_image_only")
+        values["potential"] |= {**self.potential.parameters(), "nearest_image_only": small_box}
+        values["estimate"] = self.estimate.model_dump(mode="json", by_alias=True)
+        flow = values["estimate"]["flow"] or {}
+        for option in [name for name, value in flow.items() if value is None]:
+            del flow[option]
+        return {key: values[key] for key in type(self).model_fields if key in values}
+
+
+SECTIONS: dict[tuple[str, ...], type[Section]] = {
+    (): SystemSection,
+    ("crystal",): CrystalSection,
+    ("structure",): StructureSection,
+    ("estimate",): EstimateSection,
+    ("estimate", "bridge"): BridgeSection,
+    ("estimate", "trajectory"): TrajectorySection,
+    ("estimate", "flow", "training"): TrainingSection,
+    ("published",): PublishedSection,
+}
+POTENTIALS: dict[str, type[PotentialSection]] = {
+    "lennard_jones": LennardJones,
+    "stillinger_weber": StillingerWeber,
+    "wca": WeeksChandlerAndersen,
+}
+FLOWS: dict[str, type[Section]] = {
+    "checkpoint": StoredFlowSection,
+    "residual": ResidualSection,
+    "atomic_solids": AtomicSolidsSection,
+}
