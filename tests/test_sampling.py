@@ -81,6 +81,18 @@ def test_chains_say_how_long_they_remember(drawn):
     assert {"tuning", "annealing", "equilibration", "sampling", "writing"} <= {report.phase for report in reports}
 
 
+def test_frames_come_chain_after_chain(small, monkeypatch):
+    """One step apart, neighbours in the file are alike, unless they belong to different chains."""
+    monkeypatch.setattr(sampling, "_APART", 0.0)
+    result = sampling.sample(small, 64 * 16, seed=1)
+    chains = result.facts["chains"]
+    energy = result.energies.reshape(chains, -1) - result.energies.mean()
+    along, across = (energy[:, 1:] * energy[:, :-1]).mean(), (energy[1:, 0] * energy[:-1, -1]).mean()
+    assert result.facts["steps_between_samples"] == 1
+    assert along > 0.3 * energy.var()
+    assert abs(across) < 5 * energy.var() / np.sqrt(chains)
+
+
 def test_files_hold_what_was_drawn(small, drawn):
     for result, _ in drawn.values():
         assert result.status == "complete" and result.exit_status == 0
