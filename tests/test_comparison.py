@@ -259,6 +259,18 @@ def test_a_sound_trajectory_agrees(sound):
     assert "g(r)" in text and text.rstrip().splitlines()[-1].startswith("Agree: all 7 checks passed")
 
 
+def test_weights_carry_the_model_where_the_reference_is_not(small, md):
+    """Without a bridge, samples of a harmonic crystal: their own energies are off, weighted ones are not."""
+    found = comparison.compare(small, md, bridge=None, reference="harmonic", target_error=2e-3)
+    model, plain = found.energy.model_mean, np.mean(found.result.observed.energy[:2000]) / small.n_atoms
+    frames = found.energy.md_mean
+    assert abs(float(model.mean - frames.mean)) < 4 * float(np.hypot(model.std_error, frames.std_error))
+    assert abs(plain - float(frames.mean)) > 2 * float(np.hypot(model.std_error, frames.std_error))
+    # Model and trajectory are not mistaken for each other.
+    used = equilibrium(found.series).used
+    assert float(frames.mean) == pytest.approx(np.mean(found.series.energies[used]) / small.n_atoms, rel=1e-9)
+
+
 def test_the_free_energies_are_those_of_the_work(sound):
     """FEP from the forward work alone, BAR from both; the constant between is the same."""
     result, n = sound.result, sound.n_atoms

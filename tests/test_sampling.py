@@ -55,6 +55,13 @@ def test_monte_carlo_and_model_have_the_same_averages(drawn, other):
     assert np.all(b.std_error < 0.05 * b.mean.__abs__())
 
 
+def test_monte_carlo_forgets_its_reference(small, drawn):
+    """From an Einstein crystal, which is far from the target, come the same averages."""
+    other = averages(sampling.sample(small, N, reference="einstein", seed=9))
+    usual = averages(drawn["mcmc"][0])
+    assert np.all(np.abs(other.mean - usual.mean) < 4 * np.hypot(other.std_error, usual.std_error))
+
+
 def test_monte_carlo_knows_the_virial_of_a_harmonic_solid(small):
     """At 2 K the crystal is harmonic: 3 (N - 1) / 2 kT of energy above the lattice, with a variance of as much."""
     cold = ff.load({**small.config, "name": "cold", "temperature": 2.0, "published": None})
