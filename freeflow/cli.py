@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,12 +27,15 @@ from freeflow.errors import FreeflowError, InputError
 
 if TYPE_CHECKING:
     from freeflow.comparison import Comparison
+    from freeflow.difference import DifferenceResult
     from freeflow.preparation import Progress
     from freeflow.result import Result
     from freeflow.sampling import Sampling
+    from freeflow.solutions import Solution
     from freeflow.training_run import TrainingResult
     from freeflow.types import Plan, System, TrajectoryPlan
 
+R = TypeVar("R")
 LINE_EVERY_SECONDS = 10.0
 BROKEN_PIPE = 141  # what the shell reports for a process that SIGPIPE ended
 INTERRUPTED = 130
@@ -132,7 +135,8 @@ Examples:
   freeflow estimate lj_fcc_256 --target-error 1e-4 --seed 7
   freeflow estimate my_crystal.yaml --json out.json --report out.html
   freeflow estimate mw_hexagonal_64 --reference harmonic --stages 200 --estimator bar
-  freeflow estimate mw_cubic_64 --trajectory md.lammpstrj --frames 100: --stages none""",
+  freeflow estimate mw_cubic_64 --trajectory md.lammpstrj --frames 100: --stages none
+  freeflow estimate solvation_wca --methods bar,radial,bridge --target-error 0.1""",
 )
 @click.argument("system")
 @_STOPPING
@@ -142,6 +146,8 @@ Examples:
 @_FRAMES
 @_REPORT
 @click.option("--u-nk", metavar="OUT", help="Write the work for alchemlyb and pymbar: .csv or .parquet.")
+@click.option("--methods", metavar="LIST", help="Of a solution: fep, bar, radial, lfep, lbar, bridge, mbar; by commas.")
+@click.option("--max-minutes", type=float, help="Of a solution: stop after this long in any case.")
 @_OUTPUT
 def estimate(
     system: str,
@@ -154,12 +160,18 @@ def estimate(
 ) -> int:
     """Estimate the free energy of SYSTEM: a system.yaml, or the name of a shipped system.
 
-    Samples are drawn until the standard error reaches its target. The options replace what the file
-    says under `estimate`. Compiled kernels are kept in the user's cache folder; FREEFLOW_CACHE=DIR moves
-    them, FREEFLOW_CACHE=off keeps none.
+    That is the absolute free energy of a crystal, or the difference of two states of a solution. Samples are drawn
+    until the standard error reaches its target [kT per atom of a crystal, kT of a solution]. The options replace
+    what the file says under `estimate`. Compiled kernels are kept in the user's cache folder; FREEFLOW_CACHE=DIR
+    moves them, FREEFLOW_CACHE=off keeps none.
     """
     _require_places(system, json=json_path, report=report, u_nk=u_nk)
     problem = config.load(system)
+    from freeflow.solutions import Solution
+
+    if isinstance(problem, Solution):
+        return _estimate_difference(problem, {**options, "report": report, "u_nk": u_nk}, json_path, quiet, cache)
+    _refuse(problem, options, ("methods", "max_minutes"), "a crystal")
     plan = _revise(problem, _with_trajectory(options, problem.plan.trajectory))
 
     from freeflow import pipeline, preparation
@@ -222,7 +234,7 @@ def sample(
     trajectory as FILE.csv; formats without atoms' names get a FILE.topology.pdb.
     """
     _require_places(system, json=json_path)
-    problem = config.load(system)
+    problem = config.crystal_only(config.load(system))
     plan = _revise(problem, {**_with_flow(options), "trajectory": None})
 
     from freeflow import preparation, sampling
@@ -266,7 +278,7 @@ def compare(
     DCD, TRR or HDF5 file; frames may be wrapped, drifted or in another order of the atoms.
     """
     _require_places(system, trajectory, json=json_path, report=report)
-    problem = config.load(system)
+    problem = config.crystal_only(config.load(system))
     plan = _revise(problem, _with_trajectory({**options, "trajectory": trajectory}, None))
     assert plan.trajectory is not None
 
@@ -330,7 +342,7 @@ def train(
     --max-minutes and --max-steps only say where to pause.
     """
     _require_places(system, json=json_path)
-    problem = config.load(system)
+    problem = config.crystal_only(config.load(system))
     trajectory = {name: options.pop(name) for name in ("trajectory", "topology", "frames", "sigma")}
     given = {name: value for name, value in options.items() if value is not None}
     plan = _training_plan(problem, given, _with_trajectory(trajectory, problem.plan.trajectory))
@@ -362,7 +374,7 @@ def systems(as_json: bool) -> int:
         return 0
     rows = [("SYSTEM", "PUBLISHED [kT]", "DESCRIPTION")]
     for system in shipped:
-        value = system.beta_f_per_atom
+        value = system.beta_f_per_atom if system.delta_f is None else system.delta_f
         error = float("nan") if system.std_error is None else system.std_error
         rows.append((system.name, "-" if value is None else format_with_error(value, error), system.description))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -422,6 +434,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"internal error, please report it (FREEFLOW_DEBUG=1 shows where): {what}", 1)
 
 
+def _estimate_difference(
+    problem: Solution, options: dict[str, Any], json_path: str | None, quiet: bool, cache: bool | None
+) -> int:
+    """`freeflow estimate` of a solution."""
+    known = ("methods", "target_error", "max_samples", "max_minutes", "seed")
+    _refuse(problem, options, [name for name in options if name not in known], "a solution")
+    changes = {name: options[name] for name in known if options[name] is not None}
+    if "methods" in changes:
+        changes["methods"] = tuple(word.strip() for word in changes["methods"].split(","))
+    plan = _checked(config.revise_difference, problem.plan, changes)
+
+    from freeflow import preparation, solvation
+
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
+    with _progress(quiet) as tell:
+        result = solvation.estimate_difference(problem, plan, tell)
+    _print_result(result, json_path, quiet)
+    return result.exit_status
+
+
+def _refuse(problem: Any, options: dict[str, Any], names: Sequence[str], what: str) -> None:
+    """Options that mean nothing here are no options; they are taken out."""
+    for name in names:
+        if options.pop(name, None) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: {problem.name} is {what}, which this is not for")
+
+
 # --------------------------------------------------------------------------- what goes in
 
 
@@ -430,7 +469,7 @@ def _revise(system: System, options: dict[str, Any]) -> Plan:
     if "stages" in changes:
         stages = changes.pop("stages")
         changes["bridge"] = None if stages == "none" else stages
-    return _checked(system.plan, changes)
+    return _checked(config.revise, system.plan, changes)
 
 
 def _with_flow(options: dict[str, Any]) -> dict[str, Any]:
@@ -467,12 +506,12 @@ def _training_plan(system: System, given: dict[str, Any], trajectory: dict[str, 
     if architecture is not None and architecture != values.get("architecture"):
         values = {"architecture": architecture, "training": values.get("training", {})}
     values["training"] = {**values.get("training", {}), **changes}
-    return _checked(system.plan, {"flow": values, **seed, **trajectory})
+    return _checked(config.revise, system.plan, {"flow": values, **seed, **trajectory})
 
 
-def _checked(plan: Plan, changes: dict[str, Any]) -> Plan:
+def _checked(revise: Callable[..., R], plan: Any, changes: dict[str, Any]) -> R:
     try:
-        return config.revise(plan, **changes)
+        return revise(plan, **changes)
     except InputError as error:
         key, _, message = str(error).partition(": ")
         raise InputError(f"--{key.rpartition('.')[2].replace('_', '-')}: {message}") from None
@@ -585,7 +624,9 @@ def _done(progress: Any) -> str:
     return "" if progress.fraction is None else f"{100 * progress.fraction:.0f} %, "
 
 
-def _print_result(result: Result | TrainingResult | Sampling | Comparison, json_path: str | None, quiet: bool) -> None:
+def _print_result(
+    result: Result | DifferenceResult | TrainingResult | Sampling | Comparison, json_path: str | None, quiet: bool
+) -> None:
     if json_path == "-":
         _print(result.json_text().rstrip("\n"))
         return
@@ -602,8 +643,17 @@ def _print_result(result: Result | TrainingResult | Sampling | Comparison, json_
         result.to_json(json_path)
 
 
-def _facts(system: System) -> Iterator[tuple[str, Any]]:
+def _facts(system: System | Solution) -> Iterator[tuple[str, Any]]:
+    from freeflow.solutions import Solution
+
     units, n = system.units, system.n_atoms
+    if isinstance(system, Solution):
+        yield "atoms of the solvent", n
+        yield f"number density of the solvent [1/{units.length}^3]", f"{n / system.box_length**3:.8g}"
+        yield f"solvent's cutoff [{units.length}]", f"{system.solvent.cutoff:.8g}"
+        yield f"reach of the larger solute [{units.length}]", f"{system.reach:.8g}"
+        yield f"kT of A [{units.energy}]", f"{system.kt:.10g}"
+        return
     crystal = system.crystal
     yield "atoms", n
     if crystal.description:

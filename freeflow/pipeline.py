@@ -14,7 +14,7 @@ import numpy as np
 
 from freeflow import observables
 from freeflow.bridge import BridgeParams, Schedule
-from freeflow.config import load, revise
+from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
 from freeflow.observers import observer, profile
@@ -92,7 +92,7 @@ def settled(
     Raises:
         InputError: If they cannot be used.
     """
-    system = system if isinstance(system, System) else load(system)
+    system = system if isinstance(system, System) else load_crystal(system)
     plan = revise(plan or system.plan, **changes)
     if plan.estimator == "bar" and plan.bridge is None and plan.trajectory is None:
         raise InputError(

@@ -200,7 +200,7 @@ class Result:
             | {"seed": self.plan.seed, "config": self.system.config}
             | dict(self.provenance),
         }
-        return _plain(values)
+        return plain(values)
 
     def json_text(self) -> str:
         """The JSON document, ending in a line feed."""
@@ -402,16 +402,22 @@ def _parquet(rows: Sequence[tuple[float, float, float, float]], temperature: flo
 
 def provenance(system: System, plan: Plan) -> dict[str, Any]:
     """What it takes to repeat a run: versions, device, seed, and the input with every default."""
+    estimate = {name: value for name, value in vars(plan).items() if name not in {"flow", "bridge", "trajectory"}}
+    estimate["flow"] = plan.flow and plan.flow.values()
+    estimate["trajectory"] = plan.trajectory and dict(vars(plan.trajectory))
+    estimate["bridge"] = None if plan.bridge is None else {"stages": plan.bridge}
+    estimate = {**dict(system.config.get("estimate", {})), **estimate}
+    return {**environment(plan.seed), "config": {**system.config, "estimate": estimate}}
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, device and seed of a run."""
     import jax
     import numpy as np
 
     device = jax.devices()[0]
     kind = getattr(device, "device_kind", device.platform)
     same = kind == device.platform
-    estimate = {name: value for name, value in vars(plan).items() if name not in {"flow", "bridge", "trajectory"}}
-    estimate["flow"] = plan.flow and plan.flow.values()
-    estimate["trajectory"] = plan.trajectory and dict(vars(plan.trajectory))
-    estimate["bridge"] = None if plan.bridge is None else {"stages": plan.bridge}
     return {
         "freeflow": _version("freeflow"),
         "jax": jax.__version__,
@@ -419,8 +425,7 @@ def provenance(system: System, plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.platform if same else f"{device.platform} ({kind})",
-        "seed": plan.seed,
-        "config": {**system.config, "estimate": {**dict(system.config.get("estimate", {})), **estimate}},
+        "seed": seed,
     }
 
 
@@ -529,16 +534,16 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold: plain Python, and None for numbers that it has no word for."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):  # NumPy and JAX
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return str(value)

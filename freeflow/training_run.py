@@ -168,7 +168,7 @@ def train(
         KeyboardInterrupt: If interrupted before there was a checkpoint.
     """
     begun = time.monotonic()
-    system = system if isinstance(system, System) else config.load(system)
+    system = system if isinstance(system, System) else config.load_crystal(system)
     plan, folder, report = plan or system.plan, Path(run_dir), progress or (lambda _: None)
     given = dict(given or {})
     with double_precision():

@@ -210,6 +210,17 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DifferencePlan:
+    """How to estimate the difference of two states: the `estimate:` section with every default filled in."""
+
+    methods: tuple[str, ...] = ("bridge",)  # fep | bar | radial | lfep | lbar | bridge | mbar
+    target_error: float = 0.05  # one standard error [kT]
+    max_samples: int = 100_000  # of each state
+    max_minutes: float | None = None  # of all methods together
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Published:
     """A value from the literature to compare with."""
 

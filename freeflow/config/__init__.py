@@ -5,7 +5,17 @@ key and, where there is one, the nearest valid word. Importing this package does
 `schema` says what a file may say, `problems` what is wrong with one, `files` makes systems of them.
 """
 
-from freeflow.config.files import ShippedSystem, dump, load, read, revise, shipped
+from freeflow.config.files import (
+    ShippedSystem,
+    crystal_only,
+    dump,
+    load,
+    load_crystal,
+    read,
+    revise,
+    revise_difference,
+    shipped,
+)
 from freeflow.config.schema import (
     STILLINGER_WEBER_PRESETS,
     AtomicSolidsSection,
@@ -22,11 +32,14 @@ __all__ = [
     "ResidualSection",
     "ShippedSystem",
     "SystemSection",
+    "crystal_only",
     "dump",
     "load",
+    "load_crystal",
     "nearest",
     "read",
     "revise",
+    "revise_difference",
     "shipped",
     "suggest",
 ]

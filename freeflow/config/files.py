@@ -13,61 +13,122 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from freeflow.config.problems import validate
-from freeflow.config.schema import EstimateSection, SystemSection
-from freeflow.config.words import nearest, show, show_path
+from freeflow.config.schema import DifferenceSection, EstimateSection, SolutionFileSection, SystemSection
+from freeflow.config.words import KeyPath, nearest, show, show_path
 from freeflow.config.yaml_lines import Dumper, parse
 from freeflow.errors import InputError
 
 if TYPE_CHECKING:
-    from freeflow.types import Crystal, Plan, System
+    from freeflow.solutions import Solution
+    from freeflow.types import Crystal, DifferencePlan, Plan, System
 
 MAX_FILE_BYTES = 1_000_000
 
 
-def load(source: str | Path | Mapping[str, Any]) -> System:
+def load(source: str | Path | Mapping[str, Any]) -> System | Solution:
     """Read and check a system, and make the problem it describes.
 
     Args:
         source: Path of a system.yaml, the name of a system that ships with freeflow, or the same
             content as a mapping.
 
+    Returns:
+        A `System` if it describes a crystal, a `Solution` if it has a section `solution`.
+
     Raises:
         InputError: If anything is wrong with it; one line that says where.
     """
     label, folder, section = read(source)
-    from freeflow.crystals import crystal_system
-
     try:
-        return crystal_system(
-            name=section.name,
-            crystal=_crystal(section, folder),
-            potential=section.potential.build(),
-            units=section.unit_style,
-            temperature=section.temperature,
-            thermal_wavelength=section.resolved_wavelength,
-            nearest_image_only=section.potential.nearest_image_only,
-            plan=section.estimate.plan(folder),
-            published=section.published and section.published.record(),
-            config=_with_absolute_paths(section.resolved(), folder),
-        )
+        return _solution(section, folder) if isinstance(section, SolutionFileSection) else _system(section, folder)
     except InputError as error:
         raise type(error)(f"{label}: {error}") from error
 
 
-def read(source: str | Path | Mapping[str, Any]) -> tuple[str, Path, SystemSection]:
+def load_crystal(source: str | Path | Mapping[str, Any]) -> System:
+    """The same where only a crystal will do.
+
+    Raises:
+        InputError: If it is a solution, or anything is wrong with it.
+    """
+    return crystal_only(load(source))
+
+
+def crystal_only(problem: System | Solution) -> System:
+    """The problem itself, if it is a crystal.
+
+    Raises:
+        InputError: If it is a solution.
+    """
+    from freeflow.types import System
+
+    if not isinstance(problem, System):
+        raise InputError(f"{problem.name}: a solution; this works for crystals only (freeflow estimate takes both)")
+    return problem
+
+
+def _system(section: SystemSection, folder: Path) -> System:
+    from freeflow.crystals import crystal_system
+
+    return crystal_system(
+        name=section.name,
+        crystal=_crystal(section, folder),
+        potential=section.potential.build(),
+        units=section.unit_style,
+        temperature=section.temperature,
+        thermal_wavelength=section.resolved_wavelength,
+        nearest_image_only=section.potential.nearest_image_only,
+        plan=section.estimate.plan(folder),
+        published=section.published and section.published.record(),
+        config=_with_absolute_paths(section.resolved(), folder),
+    )
+
+
+def _solution(section: SolutionFileSection, folder: Path) -> Solution:
+    from freeflow.solutions import PublishedDifference, solution
+
+    what, values = section.solution, section.resolved()
+    files = values["solution"].get("trajectories", {})
+    for state in files:
+        files[state] = [str((folder / file).absolute()) for file in files[state]]
+    pair = what.solvent.potential
+    return solution(
+        name=section.name,
+        n_solvent=what.solvent.count,
+        box_length=what.box_length,
+        units=section.unit_style,
+        temperature=section.temperature,
+        solute=what.solute.kind,
+        sigma=what.solute.sigma,
+        solute_epsilon=what.solute.epsilon,
+        epsilon=pair.epsilon,
+        diameter=pair.sigma,
+        cutoff=pair.cutoff,
+        shift=pair.shift,
+        plan=section.estimate.plan(folder),
+        published=section.published and PublishedDifference(**section.published.model_dump()),
+        config=values,
+    )
+
+
+def read(source: str | Path | Mapping[str, Any]) -> tuple[str, Path, SystemSection | SolutionFileSection]:
     """Read and check a system file without making anything of it.
 
     Returns:
         What to call the source in messages, the folder that relative paths start at, the content.
     """
     if isinstance(source, Mapping):
-        return "system", Path(), validate(SystemSection, source, "system", {})
+        return "system", Path(), _checked(source, "system", {})
     if not isinstance(source, str | Path):
         raise InputError(f"a system is a path, a name or a mapping, not {show(source)}")
     path = _find(source)
     label = show_path(path)
     data, lines = parse(_read_text(path, label), label)
-    return label, path.parent, validate(SystemSection, data, label, lines)
+    return label, path.parent, _checked(data, label, lines)
+
+
+def _checked(data: Mapping[str, Any], label: str, lines: Mapping[KeyPath, int]) -> SystemSection | SolutionFileSection:
+    return validate(SolutionFileSection if "solution" in data else SystemSection, data, label, lines)
 
 
 def revise(plan: Plan, **changes: Any) -> Plan:
@@ -88,6 +149,11 @@ def revise(plan: Plan, **changes: Any) -> Plan:
     return validate(EstimateSection, values, "", {}, ("estimate",)).plan()
 
 
+def revise_difference(plan: DifferencePlan, **changes: Any) -> DifferencePlan:
+    """The same for the plan of a difference of two states."""
+    return validate(DifferenceSection, {**vars(plan), **changes}, "", {}, ("estimate",)).plan()
+
+
 def dump(values: Mapping[str, Any]) -> str:
     """The text of a system.yaml with these values; reading it gives them back."""
     return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
@@ -101,6 +167,7 @@ class ShippedSystem(NamedTuple):
     beta_f_per_atom: float | None
     std_error: float | None
     source: str
+    delta_f: float | None = None  # of solutions, with the same error and source
 
 
 def shipped() -> list[ShippedSystem]:
@@ -110,8 +177,9 @@ def shipped() -> list[ShippedSystem]:
         text = path.read_text(encoding="utf-8")
         comment = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
         published = read(path)[2].published
-        value = (published.beta_f_per_atom, published.std_error, published.source) if published else (None, None, "")
-        systems.append(ShippedSystem(name, comment, *value))
+        values = {} if published is None else published.model_dump()
+        known = {"beta_f_per_atom": None, "std_error": None, "source": "", **values}
+        systems.append(ShippedSystem(name, comment, **known))
     return systems
 
 

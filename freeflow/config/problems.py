@@ -9,10 +9,21 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from freeflow.config.schema import FLOWS, POTENTIALS, SECTIONS, Section, kind_of_flow
+from freeflow.config.schema import (
+    FLOWS,
+    POTENTIALS,
+    SECTIONS,
+    SOLUTION_SECTIONS,
+    EstimateSection,
+    Section,
+    SystemSection,
+    kind_of_flow,
+)
 from freeflow.config.words import KeyPath, describe, nearest, one_line, show, show_key, suggest
 from freeflow.errors import InputError
 from freeflow.units import UNIT_STYLES
+
+_Sections = Mapping[tuple[str, ...], type[Section]]
 
 
 class _Problem(NamedTuple):
@@ -27,13 +38,11 @@ def validate(model: Any, data: Any, label: str, lines: Mapping[KeyPath, int], pr
     Raises:
         InputError: One line about the first problem, with its line, and how many more there are.
     """
-    if not prefix and "solution" in data:
-        problem = _Problem(("solution",), "solvation free energies are not available yet; describe a crystal")
-        raise InputError(_message([problem], label, lines))
+    sections = SECTIONS if model in {SystemSection, EstimateSection} else SOLUTION_SECTIONS
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        problems = [_problem(details, data, prefix) for details in error.errors(include_url=False)]
+        problems = [_problem(details, data, prefix, sections) for details in error.errors(include_url=False)]
     explained = {(*problem.path[:-1], problem.explains) for problem in problems if problem.explains}
     problems = [problem for problem in problems if problem.path not in explained]
     # What is there comes before what is missing: a word that cannot be guessed may be the missing one.
@@ -54,11 +63,11 @@ def _line(path: KeyPath, lines: Mapping[KeyPath, int]) -> int:
     return lines.get(path, 1)
 
 
-def _problem(details: ErrorDetails, data: Any, prefix: tuple[str, ...]) -> _Problem:
+def _problem(details: ErrorDetails, data: Any, prefix: tuple[str, ...], sections: _Sections) -> _Problem:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     path = _path(details["loc"], data, prefix)
     if kind == "extra_forbidden":
-        return _unknown_key(path, data, prefix)
+        return _unknown_key(path, data, prefix, sections)
     if kind == "missing":
         if path == ("units",):
             styles = ", ".join(f"{name} ({describe(name)})" for name in UNIT_STYLES)
@@ -76,7 +85,7 @@ def _problem(details: ErrorDetails, data: Any, prefix: tuple[str, ...]) -> _Prob
         known = re.findall(r"'([^']*)'", context["expected"])
         return _Problem(path, f"unknown value {show(value)}; {suggest(str(value), known)}")
     if kind in {"model_type", "model_attributes_type"}:
-        keys = ", ".join(["kind", "..."] if path == ("potential",) else _keys(_section(prefix + path, data)))
+        keys = ", ".join(["kind", "..."] if path == ("potential",) else _keys(_section(prefix + path, data, sections)))
         return _Problem(path, f"expected a section with the keys {keys}, got {show(value)}")
     if kind == "freeflow":
         return _Problem((*path, *context["key"]), context["message"])
@@ -123,13 +132,13 @@ def _path(location: tuple[str | int, ...], data: Any, prefix: tuple[str, ...] = 
     return location
 
 
-def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...]) -> _Problem:
+def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...], sections: _Sections) -> _Problem:
     *parents, key = path
     section = (*prefix, *parents)
     if section == ("estimate", "flow") and key == "architecture":
         return _Problem(path, "give checkpoint or architecture, not both")
-    valid = _keys(_section(section, data))
-    homes = [".".join(home) for home, model in SECTIONS.items() if home != section and str(key) in _keys(model)]
+    valid = _keys(_section(section, data, sections))
+    homes = [".".join(home) for home, model in sections.items() if home != section and str(key) in _keys(model)]
     if homes and nearest(str(key), valid) is None:
         place = f"in section {homes[0]}" if homes[0] else "at the top of the file"
         return _Problem(path, f"unknown key here; it belongs {place}")
@@ -137,14 +146,14 @@ def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...]) -> _Problem:
     return _Problem(path, f"unknown key; {hint}", nearest(str(key), valid))
 
 
-def _section(path: KeyPath, data: Any) -> type[Section]:
+def _section(path: KeyPath, data: Any, sections: _Sections) -> type[Section]:
     if path == ("potential",):
         return POTENTIALS[data["potential"]["kind"]]
     if path == ("estimate", "flow"):
         inner = data.get("estimate")
         flow = inner["flow"] if isinstance(inner, Mapping) and "flow" in inner else data["flow"]
         return FLOWS[kind_of_flow(flow) or "checkpoint"]
-    return SECTIONS[tuple(str(key) for key in path)]
+    return sections[tuple(str(key) for key in path)]
 
 
 def _keys(model: type[Section]) -> list[str]:

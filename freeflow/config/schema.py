@@ -26,7 +26,7 @@ from freeflow.units import UnitStyle, unit_style
 
 if TYPE_CHECKING:
     from freeflow.potentials import Potential
-    from freeflow.types import FlowPlan, Plan, Published, TrainingPlan, TrajectoryPlan
+    from freeflow.types import DifferencePlan, FlowPlan, Plan, Published, TrainingPlan, TrajectoryPlan
 
 MAX_CELLS = 100_000
 
@@ -394,13 +394,21 @@ class PublishedSection(Section):
         return Published(self.beta_f_per_atom, self.std_error, self.source)
 
 
-class SystemSection(Section):
-    """The whole of system.yaml."""
-
+class _FileSection(Section):
     name: Annotated[Text, Field(max_length=100)]
     units: Literal["lj", "real", "metal"]
-    temperature: PositiveFloat = Field(description="[K], or [epsilon/k_B] in lj units")
     boltzmann: PositiveFloat | None = Field(default=None, description="replaces the unit style's k_B")
+
+    @property
+    def unit_style(self) -> UnitStyle:
+        """Units, with the file's own Boltzmann constant if it gives one."""
+        return unit_style(self.units, self.boltzmann)
+
+
+class SystemSection(_FileSection):
+    """The whole of system.yaml of a crystal."""
+
+    temperature: PositiveFloat = Field(description="[K], or [epsilon/k_B] in lj units")
     potential: Annotated[LennardJones | StillingerWeber | WeeksChandlerAndersen, Field(discriminator="kind")]
     crystal: CrystalSection | None = None
     structure: StructureSection | None = None
@@ -421,11 +429,6 @@ class SystemSection(Section):
         return self
 
     @property
-    def unit_style(self) -> UnitStyle:
-        """Units, with the file's own Boltzmann constant if it gives one."""
-        return unit_style(self.units, self.boltzmann)
-
-    @property
     def resolved_wavelength(self) -> float:
         """Thermal wavelength [length]: the potential's sigma unless given."""
         return self.potential.sigma_length if self.thermal_wavelength is None else self.thermal_wavelength
@@ -444,6 +447,120 @@ class SystemSection(Section):
         return {key: values[key] for key in type(self).model_fields if key in values}
 
 
+# ------------------------------------------------------------------------------ solutions
+
+
+def _half_box(value: Any) -> float | str:
+    if value == "half_box" or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+        return value
+    raise _wrong(f"expected a length or half_box, got {show(value)}")
+
+
+def _two(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _wrong(f"expected two numbers, [A, B], got {show(value)}")
+    return tuple(value)
+
+
+def _one_or_two(value: Any) -> Any:
+    return _two(value) if isinstance(value, list | tuple) else _two((value, value))
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class SolventPotentialSection(Section):
+    """12-6 potential between solvent atoms."""
+
+    kind: Literal["lennard_jones"] = "lennard_jones"
+    epsilon: PositiveFloat = Field(default=1.0, description="[energy]")
+    sigma: PositiveFloat = Field(default=1.0, description="[length]")
+    cutoff: Annotated[float | str, BeforeValidator(_half_box)] = "half_box"
+    shift: bool = Field(default=True, description="energy is shifted to zero at the cutoff")
+
+
+class SolventSection(Section):
+    """What surrounds the solute."""
+
+    count: int = Field(ge=1, le=100_000)
+    potential: SolventPotentialSection = SolventPotentialSection()
+
+
+class SoluteSection(Section):
+    """One particle at the origin, which differs between the states."""
+
+    kind: Literal["wca", "lennard_jones"] = "wca"
+    epsilon: PositiveFloat = Field(default=1.0, description="[energy]")
+    sigma: Annotated[tuple[NonNegative, NonNegative], BeforeValidator(_two)] = Field(
+        description="of states A and B [length]; 0 is no solute"
+    )
+
+
+class TrajectoriesSection(Section):
+    """Frames of both states, where they are not to be sampled here."""
+
+    A: Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+    B: Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class SolutionSection(Section):
+    """A solute in a solvent, in a cubic periodic box."""
+
+    box_length: PositiveFloat = Field(description="[length]")
+    solvent: SolventSection
+    solute: SoluteSection
+    trajectories: TrajectoriesSection | None = None
+
+
+Method = Literal["fep", "bar", "radial", "lfep", "lbar", "bridge", "mbar"]
+
+
+class DifferenceSection(Section):
+    """How to estimate the difference of two states."""
+
+    methods: Annotated[tuple[Method, ...], BeforeValidator(_listed), Field(min_length=1)] = ("bridge",)
+    target_error: float = Field(default=0.05, gt=0, description="one standard error [kT]")
+    max_samples: int = Field(default=100_000, ge=2, le=10**10, description="of each state")
+    max_minutes: float | None = Field(default=None, gt=0, le=10**6)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+
+    def plan(self, folder: Path = Path()) -> DifferencePlan:
+        """The same as the record that the job takes."""
+        from freeflow.types import DifferencePlan
+
+        return DifferencePlan(**self.model_dump())
+
+
+class PublishedDifferenceSection(Section):
+    """A value from the literature to compare with."""
+
+    delta_f: float = Field(description="F_B - F_A [kT]")
+    std_error: PositiveFloat | None = None
+    source: Annotated[str, Field(max_length=1000)] = ""
+
+
+class SolutionFileSection(_FileSection):
+    """The whole of system.yaml of a solution."""
+
+    temperature: Annotated[tuple[PositiveFloat, PositiveFloat], BeforeValidator(_one_or_two)] = Field(
+        description="of both states, or [A, B] [K], or [epsilon/k_B] in lj units"
+    )
+    solution: SolutionSection
+    estimate: DifferenceSection = DifferenceSection()
+    published: PublishedDifferenceSection | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with every default filled in; loading them again gives the same system."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        values["boltzmann"] = self.unit_style.boltzmann
+        order = ("name", "units", "temperature", "boltzmann", "solution", "estimate", "published")
+        return {key: values[key] for key in order if key in values}
+
+
 SECTIONS: dict[tuple[str, ...], type[Section]] = {
     (): SystemSection,
     ("crystal",): CrystalSection,
@@ -453,6 +570,16 @@ SECTIONS: dict[tuple[str, ...], type[Section]] = {
     ("estimate", "trajectory"): TrajectorySection,
     ("estimate", "flow", "training"): TrainingSection,
     ("published",): PublishedSection,
+}
+SOLUTION_SECTIONS: dict[tuple[str, ...], type[Section]] = {
+    (): SolutionFileSection,
+    ("solution",): SolutionSection,
+    ("solution", "solvent"): SolventSection,
+    ("solution", "solvent", "potential"): SolventPotentialSection,
+    ("solution", "solute"): SoluteSection,
+    ("solution", "trajectories"): TrajectoriesSection,
+    ("estimate",): DifferenceSection,
+    ("published",): PublishedDifferenceSection,
 }
 POTENTIALS: dict[str, type[PotentialSection]] = {
     "lennard_jones": LennardJones,

@@ -7,13 +7,14 @@ which frames are samples of the target.
 
 from freeflow.trajectories.alignment import Aligned, to_displacements
 from freeflow.trajectories.equilibrium import Equilibrium, equilibrium
-from freeflow.trajectories.files import Frames, read, topology
+from freeflow.trajectories.files import Box, Frames, read, topology
 from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision
 from freeflow.trajectories.series import FrameSeries, frame_series
 from freeflow.trajectories.writing import check_writable, write
 
 __all__ = [
     "Aligned",
+    "Box",
     "EnergyComparison",
     "Equilibrium",
     "FrameSeries",

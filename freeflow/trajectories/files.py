@@ -21,6 +21,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from io import TextIOBase
 from itertools import islice
@@ -49,6 +50,26 @@ class Frames(NamedTuple):
     index: int  # of the first frame in the file, from 0
     resolution: float  # to which the file rounds positions [length]
     species: tuple[str, ...] | None  # None where the file does not tell
+
+
+@dataclass(frozen=True)
+class Box:
+    """What frames of a fluid are held to: atoms in a cell, on no sites; stands in for a system."""
+
+    n_atoms: int
+    cell: np.ndarray  # (3, 3), rows are the lattice vectors of the periodic box [length]
+    units: UnitStyle
+    species: tuple[str, ...] = ("X",)  # chemical symbol per atom; "X" where there is none
+
+    @property
+    def crystal(self) -> Box:
+        """The cell and the species, where a system has them."""
+        return self
+
+    @property
+    def volume(self) -> float:
+        """Of the cell."""
+        return float(abs(np.linalg.det(self.cell)))
 
 
 class _Block(NamedTuple):
@@ -92,7 +113,7 @@ class _Format(NamedTuple):
 
 def read(
     path: str | Path,
-    system: System,
+    system: System | Box,
     topology: str | Path | None = None,
     *,
     start: int = 0,
@@ -109,7 +130,7 @@ def read(
     Args:
         path: LAMMPS text dump (.lammpstrj, .dump), .extxyz or .xyz, PDB, all of these also with .gz behind
             their name; ASE .traj, XTC, DCD, TRR, HDF5.
-        system: What the frames are meant to be samples of.
+        system: What the frames are meant to be samples of; for a fluid its box.
         topology: No format needs one. If given, a file that mdtraj reads a topology from, checked against the system.
         start: First frame, from 0.
         stop: Frame to stop before.
@@ -160,7 +181,7 @@ def _format_of(path: Path) -> _Format:
     return form
 
 
-def _check_topology(path: Path, system: System) -> None:
+def _check_topology(path: Path, system: System | Box) -> None:
     import mdtraj
 
     if not path.is_file():
@@ -191,7 +212,7 @@ def _check_count(n_atoms: int, expected: int, where: str = "") -> None:
         raise InputError(f"{where}{': ' if where else ''}{n_atoms} atoms, but the system has {expected}")
 
 
-def _check_species(species: tuple[str, ...] | None, crystal: Crystal, where: str) -> None:
+def _check_species(species: tuple[str, ...] | None, crystal: Crystal | Box, where: str) -> None:
     if species is None or UNKNOWN_SPECIES & {*crystal.species}:
         return
     if Counter(species) != Counter(crystal.species):
@@ -203,7 +224,7 @@ def _reason(error: BaseException) -> str:
     return type(error).__name__ + (f": {lines[0].strip()[:120]}" if lines else "")
 
 
-def _checked(form: _Format, request: _Request, system: System, sigma: str | None) -> Iterator[Frames]:
+def _checked(form: _Format, request: _Request, system: System | Box, sigma: str | None) -> Iterator[Frames]:
     path, crystal = request.path, system.crystal
     index, scale, turned = request.start, None, None
     blocks = form.read(request)
@@ -253,7 +274,7 @@ def _checked(form: _Format, request: _Request, system: System, sigma: str | None
         raise InputError(f"{path}: the file holds no frames{more}")
 
 
-def _scale(form: _Format, system: System, cell: np.ndarray, sigma: str | None, path: Path) -> float:
+def _scale(form: _Format, system: System | Box, cell: np.ndarray, sigma: str | None, path: Path) -> float:
     """The system's length unit in the file's: numbers of the file times this are numbers of the system."""
     if form.unit == "style":
         return 1.0
@@ -273,7 +294,7 @@ def _scale(form: _Format, system: System, cell: np.ndarray, sigma: str | None, p
     return min(scales.values(), key=lambda scale: _strain(cell[None] * scale, system.crystal)[0])
 
 
-def _strain(cells: np.ndarray, crystal: Crystal) -> np.ndarray:
+def _strain(cells: np.ndarray, crystal: Crystal | Box) -> np.ndarray:
     """Largest strain (n_frames,) that takes a cell to the crystal's, however it is turned; NaN for no cell."""
     inverse = np.linalg.inv(crystal.cell)
     # Green's strain (F F^T - 1) / 2 of the deformation F, in rows: free of rotations and reflections.
@@ -281,7 +302,7 @@ def _strain(cells: np.ndarray, crystal: Crystal) -> np.ndarray:
     return 0.5 * np.abs(step @ np.swapaxes(step, 1, 2) - np.eye(3)).max(axis=(1, 2))
 
 
-def _wrong_cell(cell: np.ndarray, strain: float, crystal: Crystal, units: UnitStyle) -> str:
+def _wrong_cell(cell: np.ndarray, strain: float, crystal: Crystal | Box, units: UnitStyle) -> str:
     ratio = (abs(np.linalg.det(cell)) / crystal.volume) ** (1 / 3)
     close = [factor for factor in (0.1, 10.0) if abs(ratio / factor - 1) < 1e-2]
     hint = f"; it is {ratio:.3g} times as long: are its lengths in another unit?" if close else ""
@@ -300,7 +321,7 @@ def _shape(cell: np.ndarray) -> str:
     )
 
 
-def _is_turned(cell: np.ndarray, positions: np.ndarray, crystal: Crystal) -> bool:
+def _is_turned(cell: np.ndarray, positions: np.ndarray, crystal: Crystal | Box) -> bool:
     """Whether positions must be turned with the cell into the crystal's orientation.
 
     Formats that keep lengths and angles only, and programs that align a along x, say nothing about
@@ -311,6 +332,8 @@ def _is_turned(cell: np.ndarray, positions: np.ndarray, crystal: Crystal) -> boo
     turn = np.linalg.inv(cell) @ crystal.cell
     if np.abs(turn - np.eye(3)).max() < 10 * CELL_TOLERANCE:
         return False
+    if isinstance(crystal, Box):  # a fluid fits either way; the faces of its cell do not
+        return True
     as_given, with_cell = (to_displacements(x[None], crystal).n_off[0] for x in (positions, positions @ turn))
     return bool(with_cell <= as_given)
 

@@ -1,0 +1,360 @@
+"""`freeflow estimate` of a solution: one difference of two states by several methods, side by side."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freeflow import switching
+from freeflow.bijectors.radial import analytic_radial, radial_spline
+from freeflow.config import load, revise_difference
+from freeflow.difference import Answer, DifferenceResult
+from freeflow.errors import InputError
+from freeflow.estimators import (
+    bar,
+    chain_correlation,
+    diagnose,
+    equilibrated,
+    fep,
+    record,
+    reliability,
+    statistical_inefficiency,
+)
+from freeflow.map_training import MapPlan, cut_by_time, train_map, work_of_frames
+from freeflow.preparation import Clock, Progress, Report
+from freeflow.result import environment
+from freeflow.solutions import Solution, read_frames
+from freeflow.switching import Chains, Fluid, Switches
+from freeflow.types import Bijector, DifferencePlan, Params, Work, double_precision
+
+_BATCHES = 4  # of chains, in each state
+_FRAMES = 4096  # of each state, for methods that work on frames
+_STATES, _ROUNDS_OF_STATES = 9, 16  # for MBAR, and samples of every chain in each
+_TRIAL_STAGES = 256
+_LARGEST_STEP = 0.03  # of journeys, in radii of the larger solute
+_FEWEST_ROUNDS = 4  # of journeys from every chain; fewer tell nothing of their correlation
+_TRAIN, _STOP = 0.4, 0.1  # shares of the frames to train a map on, and to tell when to stop
+_TRAINING_MINUTES = 2.0
+
+
+class FrameSet(NamedTuple):
+    """Configurations of one state, chain after chain, each in the order of time."""
+
+    x: np.ndarray  # (n, n_solvent, 3) [length]
+    n_chains: int
+    source: str
+
+    def later(self, share: float) -> np.ndarray:
+        """All but the first share: whole chains where there are many, which are independent."""
+        each = len(self.x) // self.n_chains
+        return self.x[each * round(share * self.n_chains) if self.n_chains > 1 else round(share * each) :]
+
+
+@dataclass
+class _Job:
+    """What the methods share: chains in equilibrium, frames, and what these cost."""
+
+    problem: Solution
+    plan: DifferencePlan
+    fluid: Fluid
+    report: Report
+    deadline: float
+    given: tuple[FrameSet, FrameSet] | None
+    warnings: list[str] = field(default_factory=list)
+    cost: dict[str, int] = field(default_factory=dict)  # evaluations for "chains" and "frames", once there are any
+    _chains: list[tuple[Chains, int]] = field(default_factory=list)
+    _frames: tuple[FrameSet, FrameSet] | None = None
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def spent(self) -> int:
+        return int(sum(self.fluid.evaluations.values()))
+
+    def tell(self, phase: str) -> Callable[[str], None]:
+        """Progress of a phase, of unknown length."""
+        return lambda text: self.report(Progress(phase, None, text))
+
+    def chains(self) -> list[tuple[Chains, int]]:
+        """Chains in equilibrium at A and at B, and how many moves make a chain forget."""
+        if not self._chains:
+            before = self.spent
+            for k, state in enumerate("AB"):
+                tell = self.tell(f"equilibration of state {state}")
+                chains, found = self.fluid.equilibrate(float(k), _BATCHES, 1000 * k, tell)
+                if not found.reached:
+                    self.warnings.append(f"no equilibrium was seen in state {state} in {found.moves} moves")
+                self._chains.append((chains, max(1, math.ceil(found.inefficiency))))
+            self.cost["chains"] = self.spent - before
+        return self._chains
+
+    def frames(self) -> tuple[FrameSet, FrameSet]:
+        """Samples of both states: those given, or drawn here."""
+        if self.given is not None:
+            return self.given
+        if self._frames is None:
+            chains = self.chains()
+            before, sets = self.spent, []
+            for state, (some, interval) in zip("AB", chains, strict=True):
+                rounds = -(-min(_FRAMES, self.plan.max_samples) // len(some))
+                x = self.fluid.sample(some, rounds, interval, self.tell(f"sampling of state {state}")).frames
+                sets.append(FrameSet(x, len(some), f"{len(x)} samples of {len(some)} chains of Monte Carlo"))
+            self._frames = sets[0], sets[1]
+            self.cost["frames"] = self.spent - before
+        return self._frames
+
+
+def estimate_difference(
+    problem: Solution | str | Path | dict[str, Any],
+    plan: DifferencePlan | None = None,
+    progress: Report | None = None,
+    **changes: Any,
+) -> DifferenceResult:
+    """The free energy difference of two states of a solution, by every method of the plan.
+
+    Args:
+        problem: A solution, or what `freeflow.load` makes one from.
+        plan: How to estimate; the solution's own plan by default.
+        progress: Called now and then with what is going on.
+        **changes: Values of the plan to replace, such as `methods=("bar", "bridge")`.
+
+    Raises:
+        InputError: If the problem or the plan cannot be used.
+        KeyboardInterrupt: If interrupted before there was an answer.
+    """
+    found = problem if isinstance(problem, Solution) else load(problem)
+    if not isinstance(found, Solution):
+        raise InputError(f"{found.name}: a crystal; freeflow.estimate is for these")
+    plan = revise_difference(plan or found.plan or DifferencePlan(), **changes)
+    report, clock = progress or (lambda _: None), Clock()
+    deadline = math.inf if plan.max_minutes is None else time.monotonic() + 60 * plan.max_minutes
+    for method in plan.methods:
+        if method in _MAPPED:
+            _require_sizes(found, method)
+    answers: list[Answer] = []
+    interrupted = False
+    with double_precision(), Fluid(found, plan.seed) as fluid:
+        job = _Job(found, plan, fluid, report, deadline, _given(found, report))
+        for method in plan.methods:
+            begun, before, shared = time.monotonic(), job.spent, sum(job.cost.values())
+            try:
+                answer = _WAYS[method](job)
+            except KeyboardInterrupt:
+                if not answers:
+                    raise
+                interrupted = True
+                break
+            # What was spent once for all counts for every method that makes use of it.
+            own = job.spent - before - (sum(job.cost.values()) - shared)
+            used = _USES[method] if job.given is None else ()
+            cost = answer.energy_evaluations + own + sum(job.cost.get(name, 0) for name in used)
+            answers.append(replace(answer, energy_evaluations=cost, wall_seconds=time.monotonic() - begun))
+            clock.lap(method)
+        sets = job.given or job._frames
+    samples = {} if sets is None else {f"State {state}": some.source for state, some in zip("AB", sets, strict=True)}
+    return DifferenceResult(
+        problem=found,
+        plan=plan,
+        answers=tuple(answers),
+        wall_seconds=clock.seconds(),
+        samples=samples,
+        warnings=tuple(job.warnings),
+        interrupted=interrupted,
+        provenance={**environment(plan.seed), "config": {**found.config, "estimate": dict(vars(plan))}},
+    )
+
+
+def _given(solution: Solution, report: Report) -> tuple[FrameSet, FrameSet] | None:
+    """Frames of both states from files, from where they are in equilibrium."""
+    files = solution.config.get("solution", {}).get("trajectories")
+    if not files:
+        return None
+    sets = []
+    for k, state in enumerate("AB"):
+        report(Progress("trajectory", None, f"reading state {state}"))
+        parts = [read_frames(file, solution) for file in files[state]]
+        x = np.concatenate(parts)
+        ensemble = (solution.a, solution.b)[k]
+        with double_precision():
+            energies = np.asarray(jax.jit(jax.vmap(ensemble.reduced_potential, (0, None)))(x, solution.state))
+        # Files of one state may be runs of their own: then each is taken to be in equilibrium.
+        start = equilibrated(energies).start if len(parts) == 1 else 0
+        if start > len(x) / 2:
+            raise InputError(
+                f"{files[state][0]}: still on its way to equilibrium at frame {start} of {len(x)}: too short"
+            )
+        sets.append(FrameSet(x[start:], 1, f"{len(x) - start} of {len(x)} frames of {', '.join(files[state])}"))
+    return sets[0], sets[1]
+
+
+# ------------------------------------------------------------------------------ methods on frames
+
+
+def _inefficiency(work: np.ndarray, n_chains: int) -> float:
+    """Of one chain, or several of equal length, one after the other; infinite work counts as the largest seen."""
+    finite = work[np.isfinite(work)]
+    if not finite.size:
+        return 1.0
+    work = np.minimum(work, finite.max())
+    if n_chains == 1:
+        return statistical_inefficiency(work)
+    each = len(work) // n_chains
+    return chain_correlation(work[: each * n_chains].reshape(n_chains, each).T)[1] if each > 2 else 1.0
+
+
+def _answer(
+    method: str, work: Work, estimator: str, g: tuple[float, float], seed: int, evaluations: int, **facts: Any
+) -> Answer:
+    if estimator == "fep":
+        work = record(work.forward)
+    found = fep(work) if estimator == "fep" else bar(work, g)
+    diagnostics = diagnose(work, estimator, inefficiency=g, seed=seed)
+    error = float(found.std_error) * (math.sqrt(g[0]) if estimator == "fep" else 1.0)
+    said = {"overlap": diagnostics.overlap, "inefficiency": list(g), "ess_fraction": diagnostics.ess_fraction}
+    return Answer(
+        method=method,
+        delta_f=float(found.delta_f),
+        std_error=error,
+        reasons=reliability(diagnostics, found._replace(std_error=np.float64(error))),
+        n_samples=(len(work.forward), len(work.reverse)),
+        energy_evaluations=evaluations,
+        wall_seconds=0.0,
+        work=work,
+        facts={**said, **facts},
+    )
+
+
+def _mapped(
+    job: _Job, method: str, estimator: str, bijector: Bijector, params: Params, seen: float = 0.0, **facts: Any
+) -> Answer:
+    """Work of frames through a map; the first share of them, which training has seen, is left out."""
+    solution, sets = job.problem, job.frames()
+    a, b = (some.later(seen) for some in sets)
+    job.report(Progress(method, None, "work of the frames"))
+    work = work_of_frames(bijector, params, solution.a, solution.b, a, b, solution.state)
+    counts = [some.n_chains - round(seen * some.n_chains) if some.n_chains > 1 else 1 for some in sets]
+    g_a, g_b = (_inefficiency(np.asarray(w), n) for w, n in zip(work, counts, strict=True))
+    evaluations = 2 * (len(a) + len(b)) + facts.pop("evaluations", 0)
+    return _answer(method, work, estimator, (g_a, g_b), job.plan.seed, evaluations, **facts)
+
+
+def _identity() -> Bijector:
+    nothing = lambda params, x, state: (x, jnp.zeros((), x.dtype))  # noqa: E731
+    return Bijector(lambda key, x, state: (), nothing, nothing)
+
+
+def _require_sizes(solution: Solution, method: str) -> None:
+    if min(solution.radii) <= 0 or max(solution.radii) >= solution.box_length / 2:
+        raise InputError(
+            f"estimate.methods: {method} needs two solutes, of radii above 0 and below half the box; use bridge or mbar"
+        )
+
+
+def _radial(job: _Job) -> Answer:
+    bijector = analytic_radial(job.problem.box_length, job.problem.radii)
+    return _mapped(job, "radial", "bar", bijector, ())
+
+
+def _learned(job: _Job, loss: str) -> Answer:
+    """A radial map that learns from the first frames; later ones make the estimate."""
+    solution = job.problem
+    bijector = radial_spline(solution.box_length, solution.radii, domain="box", width=16)
+    a, b = (cut_by_time(some.x, train=_TRAIN, stop=_STOP) for some in job.frames())
+    minutes = min(_TRAINING_MINUTES, max(0.05, (job.deadline - time.monotonic()) / 60))
+    plan = MapPlan(loss=loss, max_minutes=minutes, learning_rate=5e-3, batch_size=32, seed=job.plan.seed)
+
+    def watch(look: Any) -> None:
+        job.report(Progress(loss, None, f"training: step {look.step}, held-out loss {look.held_out_loss:.4f} kT"))
+
+    both = b if loss == "lbar" else None
+    trained = train_map(bijector, solution.a, solution.b, a, both, solution.state, plan, watch=watch)
+    counts = {
+        "frames_to_train": list(trained.frames[0]),
+        "frames_to_stop": list(trained.frames[1]),
+        "training_steps": trained.steps,
+        "evaluations": trained.energy_evaluations,
+    }
+    estimator = "fep" if loss == "lfep" else "bar"
+    return _mapped(job, loss, estimator, bijector, trained.params, _TRAIN + _STOP, **counts)
+
+
+# ------------------------------------------------------------------------------ methods along the way
+
+
+def _bridge(job: _Job) -> Answer:
+    """Journeys from A to B and back, round after round, from chains that move on between them."""
+    fluid, plan = job.fluid, job.plan
+    chains = job.chains()
+    job.report(Progress("bridge", None, "trial journey"))
+    # Where atoms are few, moves are accepted whatever the step, but a growing solute still has to be met softly.
+    step = min(*(some.step for some, _ in chains), _LARGEST_STEP * max(job.problem.radii))
+    pilot = fluid.pilot(chains[0][0], switching.even_course(_TRIAL_STAGES, step))
+    course = switching.course_from(pilot, switching.stages_for(pilot))
+    rounds: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    while True:
+        try:
+            both = []
+            for some, interval in chains:
+                for _ in range(interval):
+                    some.move("sampling")
+                both.append(fluid.across(some, course))
+        except KeyboardInterrupt:
+            if len(rounds[0]) < _FEWEST_ROUNDS:
+                raise
+            job.warnings.append("bridge: interrupted")
+            break
+        for side, work in zip(rounds, both, strict=True):
+            side.append(work)
+        switches = Switches(np.array(rounds[0]), np.array(rounds[1]))
+        n, error = switches.forward.size, math.nan
+        if len(rounds[0]) >= _FEWEST_ROUNDS or job.late:
+            error = float(bar(switches.work, switches.inefficiency).std_error)
+        done = 0.0 if math.isnan(error) else min(0.99, (plan.target_error / max(error, 1e-9)) ** 2)
+        text = (
+            f"{n} journeys each way over {course.n_stages} stages, error {error:.2g}, target {plan.target_error:g} kT"
+        )
+        job.report(Progress("bridge", done, text))
+        if error <= plan.target_error or n >= plan.max_samples or job.late:
+            break
+    facts = {"stages": course.n_stages, "step": course.step, "chains": len(chains[0][0])}
+    return _answer("bridge", switches.work, "bar", switches.inefficiency, plan.seed, 0, **facts)
+
+
+def _staged(job: _Job) -> Answer:
+    """MBAR over states along the way, all sampled by Monte Carlo."""
+    chains, _ = job.chains()[0]
+    found = job.fluid.staged(chains, np.linspace(0.0, 1.0, _STATES), _ROUNDS_OF_STATES, job.tell("mbar"))
+    job.warnings.extend(f"mbar: {warning}" for warning in found.warnings)
+    return Answer(
+        method="mbar",
+        delta_f=found.delta_f,
+        std_error=found.std_error,
+        reasons=(),
+        n_samples=(int(found.n_k.sum()), 0),
+        energy_evaluations=0,
+        wall_seconds=0.0,
+        facts={"states": len(found.lambdas), "inefficiency": float(found.inefficiencies.max())},
+    )
+
+
+_WAYS: Mapping[str, Callable[[_Job], Answer]] = {
+    "fep": lambda job: _mapped(job, "fep", "fep", _identity(), ()),
+    "bar": lambda job: _mapped(job, "bar", "bar", _identity(), ()),
+    "radial": _radial,
+    "lfep": lambda job: _learned(job, "lfep"),
+    "lbar": lambda job: _learned(job, "lbar"),
+    "bridge": _bridge,
+    "mbar": _staged,
+}
+_MAPPED = {"radial", "lfep", "lbar"}
+_USES = {method: ("chains",) if method in {"bridge", "mbar"} else ("chains", "frames") for method in _WAYS}

@@ -1,0 +1,243 @@
+"""Maps of a fluid: symmetries, inverse, log det and divergence against autodiff, and fields with known answers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freeflow.bijectors.radial import analytic_radial
+from freeflow.errors import InputError
+from freeflow.flows import fluid
+from freeflow.flows.fluid import Rates, field, field_shape, fit, fluid_map, journey, no_motion, numbers_of, params_of
+from freeflow.types import ThermodynamicState
+
+STATE = ThermodynamicState(np.float64(1.0), np.float64(0.0))
+L, RADII, CORE = 4.0, (1.2, 1.4), 0.9
+SHAPES = {hops: field_shape(L, RADII, CORE, hops) for hops in (True, False)}
+SHAPE = SHAPES[True]
+EXACT = fluid_map(SHAPE, steps=24, dtype="float64")
+TORUS = fluid.torus_flow(L, analytic_radial(L, RADII), n_layers=1, n_blocks=1, width=8, n_heads=2, n_bins=4)
+
+
+def positions(seed=0, n=5):
+    """A few atoms near a corner of the box, all of them neighbours, some across its faces."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.uniform(1.2, 2.8, (n, 3)))
+
+
+def wild(shape=SHAPE, scale=0.03, seed=0):
+    like = no_motion(shape)
+    keys = jax.random.split(jax.random.key(seed), len(like))
+    return {
+        name: scale * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, like.items(), strict=True)
+    }
+
+
+def wild_torus(seed=0):
+    params = TORUS.init(jax.random.key(seed), positions(), STATE)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+# Parameters are made inside the tests, in float64.
+MAPS = {"fluid": (EXACT, wild), "torus": (TORUS, wild_torus)}
+
+
+def at_once(params, x, shape):
+    """Velocities (n, 3) and the divergence of one configuration (n, 3)."""
+    batch = x.T[:, :, None]
+    v, divergence = field(params, batch, shape, fluid.partners(batch, shape)[0])
+    return v[:, :, 0].T, divergence[0]
+
+
+@pytest.mark.parametrize("name", ["waves", "shells", "pairs", "neighbours", "hops"])
+def test_divergence_against_autodiff(name):
+    params = {key: value if key == name else 0 * value for key, value in wild(scale=1.0).items()}
+    x = positions(1)
+    divergence = jax.jit(lambda x: at_once(params, x, SHAPE)[1])(x)
+    jacobian = jax.jit(jax.jacfwd(lambda flat: at_once(params, flat.reshape(x.shape), SHAPE)[0].ravel()))(x.ravel())
+    assert abs(float(divergence)) > 1e-2
+    np.testing.assert_allclose(divergence, jnp.trace(jacobian), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_inverse_undoes_the_map(name):
+    bijector, params = MAPS[name][0], MAPS[name][1]()
+    x = positions(2)
+    y, log_det = jax.jit(bijector.forward)(params, x, STATE)
+    back, inverse_log_det = jax.jit(bijector.inverse)(params, y, STATE)
+    assert float(jnp.max(jnp.abs(y - x))) > 0.05
+    np.testing.assert_allclose(back, x, atol=1e-7)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_log_det_against_autodiff(name):
+    bijector, params = MAPS[name][0], MAPS[name][1]()
+    x = positions(3)
+    log_det = jax.jit(bijector.forward)(params, x, STATE)[1]
+    flat = jax.jit(jax.jacfwd(lambda z: bijector.forward(params, z.reshape(x.shape), STATE)[0].ravel()))
+    assert abs(float(log_det)) > 0.05
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(flat(x.ravel()))[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_labels_and_images_do_not_matter(name):
+    bijector, params = MAPS[name][0], MAPS[name][1]()
+    x, rng = positions(4), np.random.default_rng(0)
+    order, images = rng.permutation(len(x)), L * rng.integers(-2, 3, x.shape)
+    forward = jax.jit(bijector.forward)
+    y, log_det = forward(params, x, STATE)
+    for moved, expected in [(x[order], y[order]), (x + images, y + images)]:
+        there, same = forward(params, moved, STATE)
+        np.testing.assert_allclose(there, expected, atol=1e-9)
+        np.testing.assert_allclose(same, log_det, atol=1e-9)
+
+
+def test_a_field_is_as_symmetric_as_the_cube():
+    x, params = positions(5), wild(scale=1.0)
+    v, divergence = at_once(params, x, SHAPE)
+    for turn in ([[0, -1, 0], [0, 0, 1], [1, 0, 0]], [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]):
+        turned, same = at_once(params, x @ np.array(turn), SHAPE)
+        np.testing.assert_allclose(turned, v @ np.array(turn), atol=1e-10)
+        np.testing.assert_allclose(same, divergence, rtol=1e-10)
+
+
+def test_pushes_between_neighbours_leave_their_centre_alone_and_fade_with_distance():
+    """The third law: pair terms alone, without what atoms do by themselves, move no centre of mass."""
+    params = {key: value * (key in ("pairs", "neighbours", "hops")) for key, value in wild(scale=1.0).items()}
+    v, _ = at_once(params, positions(6), SHAPE)
+    np.testing.assert_allclose(v.sum(axis=0), 0, atol=1e-12)
+    assert float(jnp.abs(v).max()) > 0.1
+    apart = jnp.asarray([[1.0, 0, 0], [1.0 + 1.76 * CORE, 0, 0], [1.0, 2.0, 0]])
+    np.testing.assert_array_equal(at_once(params, apart, SHAPE)[0], 0)
+
+
+def test_a_batch_is_its_samples_one_by_one_with_parameters_of_their_own_too():
+    x = jnp.stack([positions(seed) for seed in range(3)])
+    bijector, params = fluid_map(SHAPE, steps=2, dtype="float64"), wild()
+    alone = [bijector.forward(params, one, STATE) for one in x]
+    shared = jax.vmap(bijector.forward, (None, 0, None))(params, x, STATE)
+    own = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), params)
+    each = jax.vmap(bijector.forward, (0, 0, None))(own, x, STATE)
+    for y, log_det in (shared, each):
+        np.testing.assert_allclose(y, np.stack([a for a, _ in alone]), atol=1e-12)
+        np.testing.assert_allclose(log_det, np.stack([b for _, b in alone]), atol=1e-12)
+
+
+def test_single_precision_is_held_to_double():
+    x = positions(7)
+    (y, log_det), (z, rounded) = (
+        fluid_map(SHAPE, dtype=dtype).forward(wild(), x, STATE) for dtype in ("float64", "float32")
+    )
+    assert z.dtype == np.float64
+    np.testing.assert_allclose(z, y, atol=2e-6)
+    np.testing.assert_allclose(rounded, log_det, atol=2e-5)
+
+
+def test_lists_of_partners_leave_nobody_out_or_say_so(monkeypatch):
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(rng.uniform(0, L, (3, 60, 2)))
+    params = wild(scale=0.01)
+    listed, log_det = journey(params, x, SHAPE, 1.0, 4)
+    monkeypatch.setattr(fluid, "_PARTNERS", 59)
+    everybody, exact = journey(params, x, SHAPE, 1.0, 4)
+    np.testing.assert_allclose(listed, everybody, atol=1e-10)
+    np.testing.assert_allclose(log_det, exact, atol=1e-10)
+    monkeypatch.setattr(fluid, "_PARTNERS", 6)
+    assert np.isnan(journey(params, x, SHAPE, 1.0, 4)[1]).all()
+
+
+def test_halves_of_the_way_make_the_whole():
+    x, params = positions(9), wild()
+    half = fluid_map(SHAPE, steps=12, span=0.5, dtype="float64")
+    middle, first = half.forward(params, x, STATE)
+    end, second = half.forward(params, middle, STATE)
+    whole, log_det = EXACT.forward(params, x, STATE)
+    np.testing.assert_allclose(end, whole, atol=1e-12)
+    np.testing.assert_allclose(first + second, log_det, atol=1e-12)
+
+
+def test_a_new_map_is_the_identity():
+    for bijector in (EXACT, fluid.torus_flow(L, n_layers=1, n_blocks=1, width=4, n_heads=1, n_bins=3)):
+        x = positions()
+        y, log_det = bijector.forward(bijector.init(jax.random.key(0), x, STATE), x, STATE)
+        np.testing.assert_allclose(y, x, atol=1e-12)
+        np.testing.assert_allclose(log_det, 0, atol=1e-12)
+
+
+def test_gradients_of_the_work_reach_every_parameter_and_are_finite_where_atoms_meet():
+    x = jnp.stack([positions(10), positions(10).at[1].set(positions(10)[0]), positions(11).at[0].set(0.0)])
+    bijector = fluid_map(SHAPE, steps=2)
+
+    def loss(params):
+        y, log_det = jax.vmap(bijector.forward, (None, 0, None))(params, x, STATE)
+        return jnp.sum(y**2) - jnp.sum(log_det)
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(wild())):
+        assert np.isfinite(leaf).all() and (np.abs(leaf) > 0).all()
+
+
+def test_parameters_come_back_from_a_row():
+    for shape in SHAPES.values():
+        params = wild(shape)
+        back = params_of(numbers_of(params), shape)
+        assert {name: leaf.shape for name, leaf in back.items()} == {n: leaf.shape for n, leaf in params.items()}
+        for name in params:
+            np.testing.assert_array_equal(back[name], params[name])
+
+
+def test_what_a_field_offers_is_its_own_rate():
+    """The columns, times the parameters, are div v - v . grad u of that field; their order is that of a row."""
+    x = jnp.stack([positions(seed).T for seed in (12, 13)], axis=-1)
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
+    params = wild(scale=1.0)
+    columns = fluid.offered(x, gradient, SHAPE)
+    v, divergence = field(params, x, SHAPE, fluid.partners(x, SHAPE)[0])
+    expected = divergence - jnp.sum(v * gradient, axis=(0, 1))
+    np.testing.assert_allclose(columns @ numbers_of(params), expected, rtol=1e-9)
+
+
+def test_fit_finds_the_field_that_made_the_rates():
+    rng = np.random.default_rng(0)
+    functions = [rng.normal(size=(300, 7)) * np.arange(1, 8) for _ in range(2)]
+    truth = rng.normal(size=7)
+    states = [Rates(some @ truth + 5.0 * k, some) for k, some in enumerate(functions)]
+    found = fit(states, 1e-12)
+    # States differ by a constant, the slope of their free energy, which no field is asked to explain.
+    np.testing.assert_allclose(found, truth, atol=0.2)
+    assert all(state.left_over(found) < 0.02 for state in states)
+    assert np.abs(fit(states, 10.0)).sum() < 0.2 * np.abs(truth).sum()
+
+
+def test_an_ideal_gas_in_a_wave_is_carried_by_the_field_that_its_density_asks_for():
+    """One atom in u_l = -ln(1 + l e cos(q x)): along x, v = -(e / q) sin(q x) / (1 + l e cos(q x)) is exact.
+
+    At l = 0 that is a wave of the field; the work to first order in l is nothing.
+    """
+    rng, e, q = np.random.default_rng(1), 0.3, 2 * math.pi / L
+    x = rng.uniform(-L / 2, L / 2, (3, 1, 500))
+    wanted = -e * np.cos(q * x).sum(axis=(0, 1))  # sum over axes: the cubic wave (1, 0, 0), u = 0 at l = 0
+    shape = SHAPES[False]
+    functions = np.asarray(fluid.offered(jnp.asarray(x), jnp.zeros(x.shape), shape))
+    found = params_of(fit([Rates(wanted, functions)], 1e-10), shape)
+    v = field(found, jnp.asarray(x), shape, fluid.partners(jnp.asarray(x), shape)[0])[0]
+    np.testing.assert_allclose(v, -(e / q) * np.sin(q * x), atol=2e-3 * e / q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [((0.0, RADII, CORE), "box edge"), ((L, RADII, 0.0), "core"), ((L, (1.0, 2.9), CORE), "fit into")],
+)
+def test_impossible_shapes_are_refused(arguments, complaint):
+    with pytest.raises(InputError, match=complaint):
+        field_shape(*arguments)
+
+
+def test_a_map_needs_steps():
+    with pytest.raises(InputError, match="steps"):
+        fluid_map(SHAPE, steps=0)

@@ -1,0 +1,179 @@
+"""Training of maps between two sampled ensembles, on two Gaussians that a linear map connects exactly."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freeflow.bijectors import affine, elementwise, identity
+from freeflow.errors import FreeflowError, InputError
+from freeflow.estimators import bar
+from freeflow.map_training import MapPlan, cut_by_time, train_map, work_of_frames
+from freeflow.types import Bijector, Ensemble, ThermodynamicState
+
+STATE = ThermodynamicState(np.float64(1.0), np.float64(0.0))
+N, WIDTH, CENTRE = 4, 0.6, 0.5
+DELTA_F = -3 * N * math.log(WIDTH)
+A = Ensemble(lambda x, state: 0.5 * state.beta * jnp.sum(x * x))
+B = Ensemble(lambda y, state: 0.5 * state.beta * jnp.sum(((y - CENTRE) / WIDTH) ** 2))
+MAP = elementwise(affine(), shared_axes=(0, 1))
+
+
+def frames(which, n=400, seed=0):
+    z = np.random.default_rng([seed, which]).standard_normal((n, N, 3))
+    return z if which == 0 else CENTRE + WIDTH * z
+
+
+def parts(n=400):
+    return cut_by_time(frames(0, n)), cut_by_time(frames(1, n))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    a, b = parts()
+    plan = MapPlan(max_minutes=None, max_steps=300, learning_rate=0.03, looks=10)
+    return train_map(MAP, A, B, a, b, STATE, plan)
+
+
+def test_parts_are_blocks_of_time_that_share_no_frame():
+    x = np.arange(20.0)[:, None, None] * np.ones((1, N, 3))
+    cut = cut_by_time(x, 0.5, 0.2)
+    assert cut.counts == (10, 4, 6)
+    np.testing.assert_array_equal(np.concatenate(cut), x)
+
+
+@pytest.mark.parametrize(("train", "stop", "n"), [(0.0, 0.1, 100), (0.9, 0.1, 100), (0.5, 0.1, 8), (0.5, -0.1, 100)])
+def test_parts_that_leave_nothing_are_refused(train, stop, n):
+    with pytest.raises(InputError, match="estimate"):
+        cut_by_time(frames(0, n), train, stop)
+
+
+def test_two_sided_training_finds_the_exact_map(trained):
+    """After it all work is the same: variance and error bar vanish, where those of plain BAR do not."""
+    a, b = parts()
+    work = work_of_frames(MAP, trained.params, A, B, a.estimate, b.estimate, STATE)
+    assert work.forward.dtype == np.float64 and work.forward.shape == (200,) == work.reverse.shape
+    np.testing.assert_allclose(work.forward, DELTA_F, atol=0.15)
+    np.testing.assert_allclose(work.reverse, -DELTA_F, atol=0.15)
+    plain = bar(work_of_frames(identity(), (), A, B, a.estimate, b.estimate, STATE))
+    assert float(bar(work).std_error) < 0.1 * float(plain.std_error)
+
+
+def test_the_record_says_who_saw_what(trained):
+    assert trained.frames == ((160, 160), (40, 40))
+    assert trained.steps == 300 and trained.skipped == 0 and trained.ending == "finished"
+    assert trained.looks[0].step == 0 and trained.looks[0].training_loss is None
+    assert trained.best.held_out_loss == min(look.held_out_loss for look in trained.looks) < 0.2
+    assert trained.looks[0].held_out_loss > 10
+    # Two energies of 16 frames of either side in every step, and of all held-out frames in every look.
+    assert trained.energy_evaluations == 2 * (300 * 32 + len(trained.looks) * 80)
+
+
+def test_one_sided_training_needs_no_frames_of_b():
+    plan = MapPlan("lfep", max_minutes=None, max_steps=200, learning_rate=0.03, looks=10)
+    found = train_map(MAP, A, B, parts()[0], None, STATE, plan)
+    # The mean work is above the free energy difference, by the divergence that is left.
+    assert DELTA_F - 1e-3 < found.best.held_out_loss < DELTA_F + 0.2
+    assert found.frames == ((160, 0), (40, 0))
+
+
+def test_frames_of_the_estimate_are_never_read():
+    a, b = parts(60)
+    poisoned = [part._replace(estimate=np.full_like(part.estimate, np.nan)) for part in (a, b)]
+    plan = MapPlan(max_minutes=None, max_steps=12, looks=2)
+    clean, other = (train_map(MAP, A, B, *pair, STATE, plan) for pair in ((a, b), poisoned))
+    np.testing.assert_array_equal(clean.params, other.params)
+    spoiled = (a._replace(train=poisoned[0].estimate), b)
+    with pytest.raises(FreeflowError, match="finite"):
+        train_map(MAP, A, B, *spoiled, STATE, plan)
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted():
+    a, b = parts(60)
+    a.train[:2] = np.nan
+    plan = MapPlan(max_minutes=None, max_steps=100, looks=3, batch_size=8, learning_rate=0.03)
+    found = train_map(MAP, A, B, a, b, STATE, plan)
+    # A batch of 8 from 24 frames misses both with probability 0.50; five standard deviations.
+    assert abs(found.skipped - 50) < 25
+    assert np.isfinite(found.params).all() and found.best.held_out_loss < found.looks[0].held_out_loss
+
+
+def test_training_stops_when_held_out_frames_say_that_it_overfits():
+    """A map with parameters of its own for every number, and three frames to learn them from."""
+    wild = elementwise(affine())
+    a, b = (cut_by_time(frames(k, 60), 0.05, 0.5) for k in (0, 1))
+    plan = MapPlan(max_minutes=None, max_steps=3000, looks=100, patience=5, learning_rate=0.03)
+    found = train_map(wild, A, B, a, b, STATE, plan)
+    assert found.ending == "overfitting" and found.steps < 3000
+    assert found.looks[-1].held_out_loss > found.best.held_out_loss
+    assert found.best is not found.looks[-1]
+
+
+def test_a_minute_is_a_minute():
+    plan = MapPlan(max_minutes=0.02, looks=3)
+    found = train_map(MAP, A, B, *parts(60), STATE, plan)
+    assert found.ending == "finished" and found.steps > 0
+    assert 1.2 <= found.looks[-1].seconds < 30  # compiling counts, and cannot be cut short
+
+
+def test_symmetries_turn_frames_anew_in_every_step():
+    """With frames on the positive side only, reflections take the centre of the map back to zero."""
+    x = np.abs(frames(0, 200))
+    narrow = Ensemble(lambda y, state: 0.5 * state.beta * jnp.sum((y / WIDTH) ** 2))
+
+    def reflect(key, x):
+        return x * jax.random.rademacher(key, (1, 3), x.dtype)
+
+    plan = MapPlan("lfep", max_minutes=None, max_steps=300, learning_rate=0.03, looks=5)
+    shifts = []
+    for augment in (None, reflect):
+        a = cut_by_time(x)._replace(stop=frames(0, 40, seed=1))
+        found = train_map(MAP, A, narrow, a, None, STATE, plan, augment)
+        shifts.append(abs(float(found.params.reshape(-1)[1])))
+    # One-sided work is that of an even function: the shift is about zero with reflections, and not without.
+    assert shifts[1] < 0.1 < shifts[0]
+
+
+def test_interrupted_training_keeps_what_it_has():
+    looks = []
+
+    def watch(look):
+        looks.append(look)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    plan = MapPlan(max_minutes=None, max_steps=100, looks=10)
+    found = train_map(MAP, A, B, *parts(60), STATE, plan, watch=watch)
+    assert found.ending == "interrupted" and 0 < found.steps < 100
+    assert found.best in looks
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [(MapPlan(max_minutes=None), "never ends"), (MapPlan("lbar"), "frames of B"), (MapPlan("kl"), "no loss")],
+)
+def test_impossible_plans_are_refused(plan, complaint):
+    with pytest.raises(InputError, match=complaint):
+        train_map(MAP, A, B, parts(60)[0], None, STATE, plan)
+
+
+def test_work_of_frames_that_a_map_spoils_is_infinite_and_batches_do_not_matter():
+    wall = Ensemble(lambda y, state: jnp.where(jnp.max(y) > 1.5, jnp.inf, 0.0))
+    x = frames(0, 70)
+    params = MAP.init(jax.random.key(0), jnp.zeros((N, 3)), STATE)
+    whole, small = (work_of_frames(MAP, params, A, wall, x, x[:0], STATE, batch) for batch in (64, 9))
+    np.testing.assert_array_equal(whole.forward, small.forward)
+    np.testing.assert_array_equal(np.isinf(whole.forward), x.max(axis=(1, 2)) > 1.5)
+    assert len(whole.reverse) == 0
+
+
+def test_a_map_that_forgets_its_log_det_is_caught_by_the_two_sides():
+    """Forward and reverse work of a wrong map disagree: the means no longer bracket the difference."""
+    broken = Bijector(MAP.init, lambda p, x, s: (MAP.forward(p, x, s)[0], 0.0 * x[0, 0]), MAP.inverse)
+    params = jnp.asarray([[[math.log(WIDTH), CENTRE]]])
+    a, b = parts()
+    work = work_of_frames(broken, params, A, B, a.estimate, b.estimate, STATE)
+    np.testing.assert_allclose(-work.reverse, DELTA_F, atol=1e-9)
+    assert abs(work.forward.mean() - DELTA_F) > 1
