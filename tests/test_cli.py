@@ -415,6 +415,7 @@ def test_systems_as_json(capsys):
         "beta_f_per_atom": -25.16306,
         "std_error": 2e-4,
         "source": "Wirnsberger et al. 2022, MBAR",
+        "delta_f": None,
     }
     assert by_name["silicon_diamond_64"]["beta_f_per_atom"] is None
 

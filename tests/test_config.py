@@ -133,7 +133,7 @@ BAD_VALUES = [
     (
         CRYSTAL,
         "solution: {box_length: 6}\n",
-        "s.yaml:5: solution: solvation free energies are not available yet; describe a crystal",
+        "s.yaml:4: potential: unknown key here; it belongs in section solution.solvent (and 2 more)",
     ),
     (
         "estimate:\n  target_error: 1e-4",
@@ -424,7 +424,8 @@ ATOMS_PER_CELL = {"fcc": 4, "diamond": 8, "hexagonal_ice": 8}
 
 
 def test_shipped_systems_and_their_published_values():
-    shipped = config.shipped()
+    *shipped, solution = config.shipped()
+    assert (solution.name, solution.delta_f, solution.beta_f_per_atom) == ("solvation_wca", 33.4468, None)
     assert {s.name: (s.beta_f_per_atom, s.std_error) for s in shipped} == PUBLISHED
     assert [s.name for s in shipped] == list(PUBLISHED)  # small ones first
     assert all(s.description and (s.source or s.beta_f_per_atom is None) for s in shipped)

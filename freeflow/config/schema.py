@@ -397,6 +397,7 @@ class PublishedSection(Section):
 class _FileSection(Section):
     name: Annotated[Text, Field(max_length=100)]
     units: Literal["lj", "real", "metal"]
+    temperature: Any
     boltzmann: PositiveFloat | None = Field(default=None, description="replaces the unit style's k_B")
 
     @property

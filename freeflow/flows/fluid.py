@@ -133,18 +133,14 @@ def _waves(x: Float[Array, "3 n batch"], box_length: float) -> _Waves:
     return _Waves(jnp.stack(gradients), jnp.stack(hessians))
 
 
-def _bumps(r: Array, n: int, start: float, spacing: float, end: float) -> tuple[list[Array], list[Array]]:
+def _bumps(
+    r: Float[Array, "n batch"], n: int, start: float, spacing: float, end: float
+) -> tuple[Float[Array, "k n batch"], Float[Array, "k n batch"]]:
     """Gaussians on an even grid, smoothly cut off at `end`, and their derivatives; r must not exceed `end`."""
-    t = (r - start) / spacing
-    value, ratio = jnp.exp(-t * t), jnp.exp(2 * t - 1)
-    rest = 1 - (r / end) ** 2
-    fade, fade_slope = rest * rest * rest, -6 * r / end**2 * rest * rest
-    values, slopes = [], []
-    for k in range(n):
-        values.append(value * fade)
-        slopes.append(value * (fade_slope - 2 * (t - k) / spacing * fade))
-        value = value * ratio * math.exp(-2 * k)
-    return values, slopes
+    t = ((r - start) / spacing)[None] - jnp.arange(n, dtype=r.dtype)[:, None, None]
+    rest = (1 - (r / end) ** 2)[None]
+    value = jnp.exp(-t * t) * rest * rest
+    return value * rest, value * (-2 / spacing * t * rest - (6 / end**2) * r[None])
 
 
 def _shells(x: Float[Array, "3 n batch"], weights: Array, shape: FieldShape) -> tuple[Array, Array]:
@@ -160,8 +156,7 @@ def _shells(x: Float[Array, "3 n batch"], weights: Array, shape: FieldShape) -> 
         inside = r2 < end**2
         r = jnp.sqrt(jnp.where(inside, jnp.maximum(r2, (1e-3 * end) ** 2), end**2))
         values, slopes = _bumps(r, _SHELL_CENTRES, shape.shell_start, shape.shell_spacing, end)
-        speed = sum(weights[k] * value for k, value in enumerate(values))
-        slope = sum(weights[k] * value for k, value in enumerate(slopes))
+        speed, slope = jnp.sum(weights * values, axis=0), jnp.sum(weights * slopes, axis=0)
         velocity = velocity + (speed / r)[None] * d
         divergence = divergence + slope + 2 * speed / r
     return velocity, divergence
@@ -176,14 +171,20 @@ def _mixed(weights: Array, fields: Array) -> Array:
     return jnp.sum(spread * fields.reshape((1,) * (spread.ndim - fields.ndim) + fields.shape), axis=-4)
 
 
-def _quadratic(n: list[Array], h: Array) -> Array:
-    """n . H n for a symmetric H, six components first."""
-    diagonal = n[0] * n[0] * h[0] + n[1] * n[1] * h[1] + n[2] * n[2] * h[2]
-    return diagonal + 2 * (n[1] * n[2] * h[3] + n[0] * n[2] * h[4] + n[0] * n[1] * h[5])
+def _dot(n: list[Array], v: Float[Array, "*k 3 n batch"]) -> Float[Array, "*k n batch"]:
+    """n . v for one bond of every atom and any number of vectors; `n` is three of (..., n, batch)."""
+    return n[0] * v[..., 0, :, :] + n[1] * v[..., 1, :, :] + n[2] * v[..., 2, :, :]
 
 
-def _dot(n: list[Array], v: Array) -> Array:
-    return n[0] * v[0] + n[1] * v[1] + n[2] * v[2]
+def _times(h: Float[Array, "*k 6 n batch"], n: list[Array]) -> list[Array]:
+    """H n for symmetric matrices, six components each: xx, yy, zz, yz, xz, xy."""
+    xx, yy, zz, yz, xz, xy = (h[..., c, :, :] for c in range(6))
+    return [xx * n[0] + xy * n[1] + xz * n[2], xy * n[0] + yy * n[1] + yz * n[2], xz * n[0] + yz * n[1] + zz * n[2]]
+
+
+def _quadratic(n: list[Array], h: Float[Array, "*k 6 n batch"]) -> Float[Array, "*k n batch"]:
+    """n . H n."""
+    return sum((a * b for a, b in zip(n, _times(h, n), strict=True)), jnp.zeros((), h.dtype))
 
 
 def partners(x: Float[Array, "3 n batch"], shape: FieldShape) -> tuple[Int[Array, "slots n batch"], Array]:
@@ -208,26 +209,23 @@ def partners(x: Float[Array, "3 n batch"], shape: FieldShape) -> tuple[Int[Array
 class _Pair(NamedTuple):
     """All atoms and one partner of each: bonds from partner to atom, within reach."""
 
-    n: list[Array]  # unit vector, three of (n, batch)
-    inverse_r: Array
-    values: list[Array]
-    slopes: list[Array]
-    hop_values: list[Array]
-    hop_slopes: list[Array]
+    n: Float[Array, "3 n batch"]  # unit vector
+    inverse_r: Float[Array, "n batch"]
+    values: Float[Array, "k n batch"]
+    slopes: Float[Array, "k n batch"]
+    hop_values: Float[Array, "h n batch"]
+    hop_slopes: Float[Array, "h n batch"]
 
 
-def _pair(x: Array, partner: Array, shape: FieldShape) -> _Pair:
+def _pair(x: Float[Array, "3 n batch"], partner: Float[Array, "3 n batch"], shape: FieldShape) -> _Pair:
     box, end = shape.box_length, _PAIR_END * shape.core
     d = x - partner
     d = d - box * jnp.round(d / box)
-    r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     # Guarded: beyond the end every function is zero; atoms that meet have a finite gradient.
-    r = jnp.sqrt(jnp.clip(r2, (0.1 * shape.core) ** 2, end**2))
-    inverse_r = 1 / r
+    r = jnp.sqrt(jnp.clip(jnp.sum(d * d, axis=0), (0.1 * shape.core) ** 2, end**2))
     grid = _PAIR_CENTRES, _PAIR_START * shape.core, _PAIR_SPACING * shape.core, end
     hop_grid = _HOP_CENTRES, _HOP_START * shape.core, _HOP_SPACING * shape.core, end
-    hop_values, hop_slopes = _bumps(r, *hop_grid) if shape.hops else ([], [])
-    return _Pair([d[k] * inverse_r for k in range(3)], inverse_r, *_bumps(r, *grid), hop_values, hop_slopes)
+    return _Pair(d / r[None], 1 / r, *_bumps(r, *grid), *_bumps(r, *hop_grid))
 
 
 def field(
@@ -241,7 +239,8 @@ def field(
         shape: Of the field.
         around: Partners of every atom; all that are within reach.
     """
-    own = {name: value if value.ndim > _AXES[name] else value[..., None] for name, value in params.items()}
+    own = {name: jnp.asarray(value, x.dtype) for name, value in params.items()}
+    own = {name: value if value.ndim > _AXES[name] else value[..., None] for name, value in own.items()}
     waves = _waves(x, shape.box_length)
     velocity, divergence = _shells(x, own["shells"][:, None, :], shape)
     velocity = velocity + _mixed(own["waves"], waves.gradient)
@@ -252,79 +251,59 @@ def field(
     def of(a: Array, partner: Array) -> Array:
         return jnp.take_along_axis(a, partner.reshape((1,) * (a.ndim - 2) + partner.shape), axis=-2)
 
-    if shape.hops:
-        hop_w, hop_hessian = (_mixed(own["hops"], part) for part in waves)  # (n_hops, n_hops, 3 | 6, n, batch)
-    zero = jnp.zeros_like(divergence)
-    hops = range(_HOP_CENTRES) if shape.hops else range(0)
-
-    def give_way(carry: Any, partner: Array) -> tuple[Any, None]:
-        v, div, push, strain = carry
+    def give_way(carry: tuple[Array, Array], partner: Array) -> tuple[Any, None]:
         pair = _pair(x, of(x, partner), shape)
-        wj = of(w, partner)
-        along, spread = zero, zero
-        for k, (a, slope) in enumerate(zip(pair.values, pair.slopes, strict=True)):
-            f = _dot(pair.n, wj[k] - w[k]) + pushes[k]
-            along = along + a * f
-            spread = spread + (slope + 2 * a * pair.inverse_r) * f - a * _quadratic(pair.n, w_hessian[k])
-        if shape.hops:
-            hop_wj = of(hop_w, partner)
-        new_push, new_strain = [], []
-        for h in hops:
-            total, total_strain = zero, [zero] * 6
-            for p in hops:
-                a, slope = pair.hop_values[p], pair.hop_slopes[p]
-                delta = hop_wj[h, p] - hop_w[h, p]
-                f = _dot(pair.n, delta)
-                total = total + a * f
-                # Symmetric part of the derivative of a(r) n (n . delta) with respect to the atom's own position.
-                bend = a * pair.inverse_r
-                bonded = (slope - 2 * bend) * f
-                pulled = _times(hop_hessian[h, p], pair.n)
-                half = [0.5 * (bend * delta[c] - a * pulled[c]) for c in range(3)]
-                for c, (i, j) in enumerate(_SIX):
-                    more = bonded * pair.n[i] * pair.n[j] + half[i] * pair.n[j] + half[j] * pair.n[i]
-                    total_strain[c] = total_strain[c] + more + (bend * f if i == j else 0.0)
-            new_push.append(push[h] + jnp.stack([total * c for c in pair.n]))
-            new_strain.append(strain[h] + jnp.stack(total_strain))
-        return (v + jnp.stack([along * c for c in pair.n]), div + spread, new_push, new_strain), None
+        n = [c[None] for c in pair.n]
+        f = _dot(n, of(w, partner) - w) + pushes
+        along = jnp.sum(pair.values * f, axis=0)
+        spread = (pair.slopes + 2 * pair.values * pair.inverse_r[None]) * f - pair.values * _quadratic(n, w_hessian)
+        return (carry[0] + along[None] * pair.n, carry[1] + jnp.sum(spread, axis=0)), None
 
-    start = (velocity, divergence, [jnp.zeros_like(x) for _ in hops], [jnp.zeros_like(w_hessian[0]) for _ in hops])
-    (velocity, divergence, push, strain), _ = jax.lax.scan(give_way, start, around)
+    (velocity, divergence), _ = jax.lax.scan(give_way, (velocity, divergence), around)
     if not shape.hops:
         return velocity, jnp.sum(divergence, axis=0)
+    hop_w, hop_hessian = (_mixed(own["hops"], part) for part in waves)  # (n_hops, n_hops, 3 | 6, n, batch)
 
-    def hand_on(carry: Any, partner: Array) -> tuple[Any, None]:
-        v, div = carry
+    def gather_pushes(carry: tuple[Array, Array], partner: Array) -> tuple[Any, None]:
         pair = _pair(x, of(x, partner), shape)
-        hop_wj = of(hop_w, partner)
-        along, spread = zero, zero
-        for h in hops:
-            b, b_slope = pair.hop_values[h], pair.hop_slopes[h]
-            f = _dot(pair.n, of(push[h], partner) - push[h])
-            along = along + b * f
-            # How the partner's push changes with this atom's position, along the bond, less the atom's own.
-            change = -_quadratic(pair.n, strain[h])
-            for p in hops:
-                g = _dot(pair.n, hop_w[h, p] - hop_wj[h, p])
-                change = change + pair.hop_slopes[p] * g
-                change = change + pair.hop_values[p] * _quadratic(pair.n, hop_hessian[h, p])
-            spread = spread + (b_slope + 2 * b * pair.inverse_r) * f + b * change
-        return (v + jnp.stack([along * c for c in pair.n]), div + spread), None
+        n = [c[None, None] for c in pair.n]
+        delta = of(hop_w, partner) - hop_w
+        f = _dot(n, delta)
+        a, slope = pair.hop_values[None], pair.hop_slopes[None]
+        # Symmetric part of the derivative of a(r) n (n . delta) with respect to the atom's own position.
+        bend = a * pair.inverse_r[None, None]
+        pulled = _times(hop_hessian, n)
+        half = [0.5 * jnp.sum(bend * delta[:, :, c] - a * pulled[c], axis=1) for c in range(3)]
+        bonded, round_about = jnp.sum((slope - 2 * bend) * f, axis=1), jnp.sum(bend * f, axis=1)
+        n = [c[None] for c in pair.n]
+        strain = [
+            bonded * n[i] * n[j] + half[i] * n[j] + half[j] * n[i] + (round_about if i == j else 0) for i, j in _SIX
+        ]
+        push = jnp.sum(a * f, axis=1)[:, None] * pair.n[None]
+        return (carry[0] + push, carry[1] + jnp.stack(strain, axis=1)), None
+
+    start = jnp.zeros_like(hop_w[:, 0]), jnp.zeros_like(hop_hessian[:, 0])
+    (push, strain), _ = jax.lax.scan(gather_pushes, start, around)  # (n_hops, 3 | 6, n, batch)
+
+    def hand_on(carry: tuple[Array, Array], partner: Array) -> tuple[Any, None]:
+        pair = _pair(x, of(x, partner), shape)
+        n = [c[None] for c in pair.n]
+        b = pair.hop_values
+        f = _dot(n, of(push, partner) - push)
+        # How the partner's push changes with this atom's position, along the bond, less the atom's own.
+        both = [c[None] for c in n]
+        back = _dot(both, hop_w - of(hop_w, partner))
+        change = pair.hop_slopes[None] * back + pair.hop_values[None] * _quadratic(both, hop_hessian)
+        change = jnp.sum(change, axis=1) - _quadratic(n, strain)
+        spread = (pair.hop_slopes + 2 * b * pair.inverse_r[None]) * f + b * change
+        along = jnp.sum(b * f, axis=0)
+        return (carry[0] + along[None] * pair.n, carry[1] + jnp.sum(spread, axis=0)), None
 
     (velocity, divergence), _ = jax.lax.scan(hand_on, (velocity, divergence), around)
     return velocity, jnp.sum(divergence, axis=0)
 
 
 _SIX = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-
-
-def _times(h: Array, n: list[Array]) -> list[Array]:
-    """H n for a symmetric H, six components first."""
-    return [
-        h[0] * n[0] + h[5] * n[1] + h[4] * n[2],
-        h[5] * n[0] + h[1] * n[1] + h[3] * n[2],
-        h[4] * n[0] + h[3] * n[1] + h[2] * n[2],
-    ]
 
 
 # ------------------------------------------------------------------------------ the map
