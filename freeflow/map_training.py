@@ -109,8 +109,8 @@ def work_of_frames(
     params: Params,
     a: Ensemble,
     b: Ensemble,
-    frames_a: Frames,
-    frames_b: Frames,
+    frames_a: Float[np.ndarray, "n_a n_atoms 3"],
+    frames_b: Float[np.ndarray, "n_b n_atoms 3"],
     state: ThermodynamicState,
     batch: int = 64,
 ) -> Work:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from freeflow.errors import InputError
 from freeflow.potentials import Potential, lennard_jones
 from freeflow.trajectories import Box, read
-from freeflow.types import Ensemble, Numeric, Scalar, ThermodynamicState, double_precision
+from freeflow.types import Ensemble, Numeric, Scalar, ThermodynamicState, Work, double_precision, in_double_precision
 from freeflow.units import UnitStyle
 
 Radius = Numeric | float
@@ -412,3 +412,18 @@ def read_frames(
             f"kT); is atom {solute} the solute?"
         )
     return x
+
+
+@in_double_precision
+def direct_work(
+    solution: Solution, frames_a: Float[np.ndarray, "n_a n 3"], frames_b: Float[np.ndarray, "n_b n 3"]
+) -> Work:
+    """Work of calling samples of A samples of B as they stand, and the other way round [kT]: for plain FEP and BAR."""
+
+    @jax.jit
+    def difference(x: Array) -> Array:
+        u_a, u_b = (side.reduced_potential(x, solution.state) for side in (solution.a, solution.b))
+        return u_b - u_a
+
+    of = lambda frames: np.asarray(jax.lax.map(difference, np.asarray(frames, float), batch_size=64))  # noqa: E731
+    return Work(of(frames_a), -of(frames_b))

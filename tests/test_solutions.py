@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from freeflow.errors import InputError
-from freeflow.solutions import lennard_jones_solute, read_frames, solution, wca_solute
+from freeflow.solutions import direct_work, lennard_jones_solute, read_frames, solution, wca_solute
 from freeflow.units import UNIT_STYLES
 
 REFDATA = Path(__file__).resolve().parents[2] / "shared" / "refdata" / "solvation"
@@ -225,3 +225,13 @@ def test_dcd_holds_the_same_frames_as_the_dump():
     np.testing.assert_allclose(binary, dumped, atol=1e-6)
     with pytest.raises(InputError, match="is atom 5 the solute"):
         read_frames(REFDATA / "ensemble_B.dcd", problem, solute=5, stop=20)
+
+
+def test_direct_work_is_the_difference_of_the_energies():
+    problem = small(temperature=(2.0, 3.0))
+    x = np.array([positions(seed) for seed in range(70)])  # more than one batch
+    work = direct_work(problem, x, x[:2])
+    u = [written_out(problem, x[-1], radius) / t for radius, t in ((1.2, 2.0), (1.7, 3.0))]
+    np.testing.assert_allclose(work.forward[-1], u[1] - u[0], rtol=1e-9)
+    np.testing.assert_allclose(work.reverse, -work.forward[:2], rtol=1e-12)
+    assert work.forward.dtype == np.float64

@@ -373,11 +373,10 @@ def fluid_map(shape: FieldShape, steps: int = 4, span: float = 1.0, dtype: str =
             return y[:, :, 0], log_det[0]
 
         @one.def_vmap
-        def _(_axis_size, in_batched, params, x):
+        def _(axis_size, in_batched, params, x):
             # Parameters of every sample's own have the batch innermost too.
             params = jax.tree.map(lambda leaf, own: jnp.moveaxis(leaf, 0, -1) if own else leaf, params, in_batched[0])
-            if not in_batched[1]:
-                x = jnp.broadcast_to(x, (_axis_size, *x.shape))
+            x = x if in_batched[1] else jnp.broadcast_to(x, (axis_size, *x.shape))
             y, log_det = batched(params, jnp.moveaxis(x, 0, -1), way)
             return (jnp.moveaxis(y, -1, 0), log_det), (True, True)
 
