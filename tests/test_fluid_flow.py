@@ -20,6 +20,8 @@ SHAPE = SHAPES[True]
 EXACT = fluid_map(SHAPE, steps=24, dtype="float64")
 TORUS = fluid.torus_flow(L, analytic_radial(L, RADII), n_layers=1, n_blocks=1, width=8, n_heads=2, n_bins=4)
 
+pytestmark = pytest.mark.slow  # most of it is compilation
+
 
 def positions(seed=0, n=5):
     """A few atoms near a corner of the box, all of them neighbours, some across its faces."""
