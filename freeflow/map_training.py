@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +23,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from freeflow.errors import FreeflowError, InputError
-from freeflow.flows.fluid import FieldShape, Rates, fit, offered, params_of
+from freeflow.flows.fluid import FieldShape, Rates, field_shape, fit, offered, params_of
 from freeflow.solutions import Solution
 from freeflow.training import tamed
-from freeflow.types import Bijector, Ensemble, Key, Numeric, Params, Scalar, ThermodynamicState, Work
+from freeflow.types import Bijector, Ensemble, Key, Numeric, Params, Scalar, ThermodynamicState, Work, double_precision
+from freeflow.work import n_workers
 
 Frames = Float[np.ndarray, "n_frames n_atoms 3"]
 WorkFn = Callable[[Params, Array, ThermodynamicState], Scalar]
@@ -121,18 +123,29 @@ def work_of_frames(
     params = _cast(params, "float64")
 
     def works(one: WorkFn, frames: Frames) -> np.ndarray:
-        if not len(frames):
-            return np.zeros(0)
-        step = min(batch, len(frames))
         over_batch = jax.jit(jax.vmap(one, (None, 0, None)))
-        # The last batch is filled up with its last frame: one shape compiles once.
-        whole = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % step, axis=0)]).astype("float64")
-        found = [np.asarray(over_batch(params, part, state)) for part in np.split(whole, len(whole) // step)]
-        return np.concatenate(found)[: len(frames)]
+        return _in_batches(lambda part: (over_batch(params, part, state),), frames.astype("float64"), batch)[0]
 
-    forward = works(there(bijector, a, b), frames_a)
-    reverse = works(back(bijector, a, b), frames_b)
+    forward = works(there(bijector, a, b), frames_a) if len(frames_a) else np.zeros(0)
+    reverse = works(back(bijector, a, b), frames_b) if len(frames_b) else np.zeros(0)
     return Work(forward, reverse)
+
+
+def _in_batches(function: Callable[[Any], tuple[Any, ...]], frames: Frames, batch: int) -> tuple[np.ndarray, ...]:
+    """Results of a function of batches for all frames, side by side on all cores, in float64."""
+    step = min(batch, len(frames))
+    # The last batch is filled up with its last frame: one shape compiles once.
+    whole = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % step, axis=0)])
+
+    def in_this_thread(part: np.ndarray) -> tuple[np.ndarray, ...]:
+        with double_precision():  # it is switched on per thread
+            return tuple(np.asarray(result, np.float64) for result in function(part))
+
+    first, *rest = np.split(whole, len(whole) // step)
+    found = [in_this_thread(first)]  # compiles, once
+    with ThreadPoolExecutor(n_workers(), thread_name_prefix="freeflow") as threads:
+        found += threads.map(in_this_thread, rest)
+    return tuple(np.concatenate(results)[: len(frames)] for results in zip(*found, strict=True))
 
 
 # ------------------------------------------------------------------------------ fields, by linear algebra
@@ -176,12 +189,18 @@ def rates(solution: Solution, lam: float, frames: Frames, shape: FieldShape, bat
         x, gradient = (jnp.swapaxes(part, 0, 1).astype("float32") for part in (x, gradient))
         return wanted, offered(x, gradient, shape)
 
-    size = min(batch, len(frames))
-    whole = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % size, axis=0)])
-    whole = whole - solution.box_length * np.round(whole / solution.box_length)
-    found = [one(jnp.asarray(np.moveaxis(part, 0, -1), "float32")) for part in np.split(whole, len(whole) // size)]
-    wanted, functions = (np.concatenate([np.asarray(f[k], np.float64) for f in found])[: len(frames)] for k in (0, 1))
-    return Rates(wanted, functions)
+    near = frames - solution.box_length * np.round(frames / solution.box_length)  # so that float32 keeps its digits
+    found = _in_batches(lambda part: one(jnp.asarray(np.moveaxis(part, 0, -1), "float32")), near, batch)
+    return Rates(*found)
+
+
+def shape_for(solution: Solution, hops: bool = True) -> FieldShape:
+    """The shape of fields for a solution; see `freeflow.flows.fluid.field_shape`.
+
+    Raises:
+        InputError: If the solutes are too large for the box.
+    """
+    return field_shape(solution.box_length, solution.radii, solvent_core(solution), hops)
 
 
 def solvent_core(solution: Solution) -> float:
@@ -192,16 +211,15 @@ def solvent_core(solution: Solution) -> float:
     return float(high[-1]) if len(high) else 0.8 * solution.box_length / solution.n_solvent ** (1 / 3)
 
 
-def fit_map(solution: Solution, frames_a: Parts, frames_b: Parts, shape: FieldShape) -> FittedMap:
-    """The field of `shape` that leaves least work, from frames of A and B; call it in double precision.
+def fit_map(solution: Solution, frames_a: Parts, frames_b: Parts | None, shape: FieldShape) -> FittedMap:
+    """The field that leaves least work, from frames of A and B, or of A alone; call it in double precision.
 
-    The penalty on large parameters is the one by which the frames to stop on, which the fit does not see, are left with
-    least. The parts to estimate from are never read.
+    The penalty on large parameters is the one by which the frames to stop on, which the fit does not see, are left
+    with least. The parts to estimate from are never read.
     """
     begun = time.monotonic()
-    train, stop = (
-        [rates(solution, lam, part[k], shape) for lam, part in ((0.0, frames_a), (1.0, frames_b))] for k in (0, 1)
-    )
+    states = [(0.0, frames_a)] if frames_b is None else [(0.0, frames_a), (1.0, frames_b)]
+    train, stop = ([rates(solution, lam, part[k], shape) for lam, part in states] for k in (0, 1))
 
     def left_over(states: list[Rates], numbers: np.ndarray) -> float:
         return float(np.mean([state.left_over(numbers) for state in states]))
@@ -212,7 +230,7 @@ def fit_map(solution: Solution, frames_a: Parts, frames_b: Parts, shape: FieldSh
         params=params_of(numbers, shape),
         left_over=(left_over(train, numbers), left_over(stop, numbers)),
         ridge=ridge,
-        frames=((len(frames_a.train), len(frames_b.train)), (len(frames_a.stop), len(frames_b.stop))),
+        frames=_counts([part for _, part in states]),
         energy_evaluations=sum(len(state.wanted) for state in [*train, *stop]),
         seconds=time.monotonic() - begun,
     )
@@ -322,12 +340,17 @@ def train_map(
     machine = _compiled(bijector, sides, _cast(state, dtype), plan, augment, dtype, params)
     training = _run(machine, plan, begun, watch)
     n_held_out = sum(len(parts.stop) for _, parts in sides)
-    train, stop = (tuple(len(part[k]) for _, part in sides) for k in (0, 1))
     return training._replace(
-        frames=((*train, 0)[:2], (*stop, 0)[:2]),
+        frames=_counts([part for _, part in sides]),
         energy_evaluations=2 * (training.steps * plan.batch_size * len(sides) + len(training.looks) * n_held_out),
         seconds=time.monotonic() - begun,
     )
+
+
+def _counts(parts: Sequence[Parts]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Frames to train and to stop on, of A and B each; none of B if there is one part."""
+    train, stop, _ = zip(*(part.counts for part in parts), strict=True)
+    return (train[0], sum(train[1:])), (stop[0], sum(stop[1:]))
 
 
 class _Machine(NamedTuple):

@@ -14,8 +14,17 @@ import pytest
 from freeflow.bijectors import affine, elementwise, identity
 from freeflow.errors import FreeflowError, InputError
 from freeflow.estimators import bar
-from freeflow.flows.fluid import field, field_shape, fluid_map, no_motion, numbers_of, partners
-from freeflow.map_training import MapPlan, cut_by_time, fit_map, rates, solvent_core, train_map, work_of_frames
+from freeflow.flows.fluid import field, fluid_map, no_motion, numbers_of, partners
+from freeflow.map_training import (
+    MapPlan,
+    cut_by_time,
+    fit_map,
+    rates,
+    shape_for,
+    solvent_core,
+    train_map,
+    work_of_frames,
+)
 from freeflow.solutions import solution
 from freeflow.types import Bijector, Ensemble, ThermodynamicState
 from freeflow.units import UNIT_STYLES
@@ -78,7 +87,6 @@ def test_the_record_says_who_saw_what(trained):
     assert trained.energy_evaluations == 2 * (300 * 32 + len(trained.looks) * 800)
 
 
-@pytest.mark.xfail(reason="the held-out loss ends 0.217 kT above the difference, not within 0.2")
 def test_one_sided_training_needs_no_frames_of_b():
     plan = MapPlan("lfep", max_minutes=None, max_steps=200, learning_rate=0.03, looks=10, average=0.9)
     found = train_map(MAP, A, B, parts()[0], None, STATE, plan)
@@ -218,7 +226,7 @@ def log_partition(problem, which, m=120):
 def one_atom():
     problem = around_a_solute(1)
     a, b = (cut_by_time(drawn(problem, k, 1500, seed=2), 0.3, 0.1) for k in (0, 1))
-    shape = field_shape(L, RADII, solvent_core(problem), hops=False)
+    shape = shape_for(problem, hops=False)
     return problem, a, b, shape, fit_map(problem, a, b, shape)
 
 
@@ -261,7 +269,7 @@ def test_what_a_field_offers_has_mean_zero_in_equilibrium(one_atom):
 def test_rates_against_autodiff_with_the_temperature_changing_too(lam):
     problem = around_a_solute(2, TEMPERATURES)
     x = np.random.default_rng(3).uniform(0.9, 1.3, (5, 2, 3)) * np.array([[[1.0, 1, 1]], [[-1, 1, -1]]]).swapaxes(0, 1)
-    shape = field_shape(L, RADII, solvent_core(problem))
+    shape = shape_for(problem)
     found = rates(problem, lam, x, shape, batch=2)
 
     def u(lam, x):
@@ -278,6 +286,15 @@ def test_rates_against_autodiff_with_the_temperature_changing_too(lam):
     gradient = jnp.stack([jax.grad(u, 1)(lam, one).T for one in jnp.asarray(x)], axis=-1)
     expected = divergence - jnp.sum(v * gradient, axis=(0, 1))
     np.testing.assert_allclose(found.offered @ numbers_of(params), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_a_fit_from_one_side_needs_no_frames_of_b(one_atom):
+    problem, a, b, shape, both = one_atom
+    found = fit_map(problem, a, None, shape)
+    assert found.frames == ((450, 0), (150, 0))
+    # What is learned at A serves at B, though less well than what is learned at both.
+    far = rates(problem, 1.0, b.train, shape)
+    assert far.left_over(numbers_of(both.params)) < far.left_over(numbers_of(found.params)) < 0.8
 
 
 def test_core_of_a_solvent():
