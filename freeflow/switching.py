@@ -335,7 +335,7 @@ class Fluid:
         self._launch, self._travel = jax.jit(self.switch.launch), jax.jit(self.switch.travel, donate_argnums=1)
         self._energy, self._move = jax.jit(self.switch.energy), jax.jit(self.switch.move)
         self._many_energies = jax.jit(self.switch.energies)
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
 
     def stop(self) -> None:
         """Ask journeys under way to end."""
@@ -372,7 +372,8 @@ class Fluid:
         return jax.block_until_ready(self._move(key, x, u, lam, step))
 
     def _count(self, purpose: str, stages: int) -> None:
-        self.evaluations[purpose] += self.batch * stages
+        with self._lock:
+            self.evaluations[purpose] += self.batch * stages
 
     # ----------------------------------------------------------------- equilibrium
 

@@ -181,12 +181,12 @@ def test_given_frames_are_carried_like_chains(lonely):
 
 
 def test_the_number_of_threads_changes_nothing(lonely, monkeypatch):
-    """Same seed, same numbers, on one thread and on three."""
+    """Same seed, same numbers, on one thread and on three; batches from the same place go different ways."""
     rows = []
     for workers in (1, 3):
         monkeypatch.setattr(switching, "n_workers", lambda workers=workers: workers)
         with Fluid(lonely.solution, seed=9, batch=256) as fluid:
-            chains = Chains(fluid, 0.0, 0.1, fluid.packed(0.0, 3, 0), 0)
+            chains = Chains(fluid, 0.0, 0.1, 3 * fluid.packed(0.0, 1, 0), 0)
             chains.move("sampling")
             rows.append(np.concatenate([fluid.across(chains, even_course(4, 0.1)), chains.energies()]))
     np.testing.assert_array_equal(*rows)
