@@ -123,7 +123,7 @@ def work_of_frames(
     params = _cast(params, "float64")
 
     def works(one: WorkFn, frames: Frames) -> np.ndarray:
-        over_batch = jax.jit(jax.vmap(one, (None, 0, None)))
+        over_batch = jax.vmap(one, (None, 0, None))
         return _in_batches(lambda part: (over_batch(params, part, state),), frames.astype("float64"), batch)[0]
 
     forward = works(there(bijector, a, b), frames_a) if len(frames_a) else np.zeros(0)
@@ -139,12 +139,12 @@ def _in_batches(function: Callable[[Any], tuple[Any, ...]], frames: Frames, batc
 
     def in_this_thread(part: np.ndarray) -> tuple[np.ndarray, ...]:
         with double_precision():  # it is switched on per thread
-            return tuple(np.asarray(result, np.float64) for result in function(part))
+            return tuple(np.asarray(result, np.float64) for result in compiled(part))
 
-    first, *rest = np.split(whole, len(whole) // step)
-    found = [in_this_thread(first)]  # compiles, once
+    # Compiled here and now: threads would trace anew, each under settings of its own.
+    compiled = jax.jit(function).lower(whole[:step]).compile()
     with ThreadPoolExecutor(n_workers(), thread_name_prefix="freeflow") as threads:
-        found += threads.map(in_this_thread, rest)
+        found = list(threads.map(in_this_thread, np.split(whole, len(whole) // step)))
     return tuple(np.concatenate(results)[: len(frames)] for results in zip(*found, strict=True))
 
 
@@ -176,8 +176,9 @@ def rates(solution: Solution, lam: float, frames: Frames, shape: FieldShape, bat
     (r_a, r_b), (beta_a, beta_b) = solution.radii, solution.betas
     radius, beta = r_a + lam * (r_b - r_a), beta_a + lam * (beta_b - beta_a)
 
-    @jax.jit
-    def one(x: Array) -> tuple[Array, Array]:
+    def one(frames: Float[Array, "batch n 3"]) -> tuple[Array, Array]:
+        x = jnp.moveaxis(frames, 0, -1).astype("float32")
+
         def solute(r: Array) -> Array:
             return kernels.solute(x, r)[0].astype("float64")
 
@@ -190,8 +191,7 @@ def rates(solution: Solution, lam: float, frames: Frames, shape: FieldShape, bat
         return wanted, offered(x, gradient, shape)
 
     near = frames - solution.box_length * np.round(frames / solution.box_length)  # so that float32 keeps its digits
-    found = _in_batches(lambda part: one(jnp.asarray(np.moveaxis(part, 0, -1), "float32")), near, batch)
-    return Rates(*found)
+    return Rates(*_in_batches(one, near, batch))
 
 
 def shape_for(solution: Solution, hops: bool = True) -> FieldShape:
