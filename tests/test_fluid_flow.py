@@ -20,8 +20,6 @@ SHAPE = SHAPES[True]
 EXACT = fluid_map(SHAPE, steps=24, dtype="float64")
 TORUS = fluid.torus_flow(L, analytic_radial(L, RADII), n_layers=1, n_blocks=1, width=8, n_heads=2, n_bins=4)
 
-pytestmark = pytest.mark.slow  # most of it is compilation
-
 
 def positions(seed=0, n=5):
     """A few atoms near a corner of the box, all of them neighbours, some across its faces."""
@@ -141,6 +139,7 @@ def test_a_batch_is_its_samples_one_by_one_with_parameters_of_their_own_too():
         np.testing.assert_allclose(log_det, np.stack([b for _, b in alone]), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_single_precision_is_held_to_double():
     x = positions(7)
     (y, log_det), (z, rounded) = (
@@ -151,6 +150,7 @@ def test_single_precision_is_held_to_double():
     np.testing.assert_allclose(rounded, log_det, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_lists_of_partners_leave_nobody_out_or_say_so(monkeypatch):
     rng = np.random.default_rng(8)
     x = jnp.asarray(rng.uniform(0, L, (3, 60, 2)))
@@ -182,6 +182,7 @@ def test_a_new_map_is_the_identity():
         np.testing.assert_allclose(log_det, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_work_reach_every_parameter_and_are_finite_where_atoms_meet():
     x = jnp.stack([positions(10), positions(10).at[1].set(positions(10)[0]), positions(11).at[0].set(0.0)])
     bijector = fluid_map(SHAPE, steps=1)
@@ -203,6 +204,7 @@ def test_parameters_come_back_from_a_row():
             np.testing.assert_array_equal(back[name], params[name])
 
 
+@pytest.mark.slow
 def test_what_a_field_offers_is_its_own_rate():
     """The columns, times the parameters, are div v - v . grad u of that field; their order is that of a row."""
     x = jnp.stack([positions(seed).T for seed in (12, 13)], axis=-1)
@@ -226,6 +228,7 @@ def test_fit_finds_the_field_that_made_the_rates():
     assert np.abs(fit(states, 10.0)).sum() < 0.2 * np.abs(truth).sum()
 
 
+@pytest.mark.slow
 def test_an_ideal_gas_in_a_wave_is_carried_by_the_field_that_its_density_asks_for():
     """One atom in u_l = -ln(1 + l e cos(q x)): along x, v = -(e / q) sin(q x) / (1 + l e cos(q x)) is exact.
 
