@@ -42,7 +42,7 @@ _TRIAL_STAGES = 256
 _LARGEST_STEP = 0.03  # of journeys, in radii of the larger solute
 _FEWEST_ROUNDS = 4  # of journeys from every chain; fewer tell nothing of their correlation
 _TRAIN, _STOP = 0.4, 0.1  # shares of the frames to train a map on, and to tell when to stop
-_TRAINING_MINUTES = 2.0
+_TRAINING = MapPlan(max_minutes=2.0, learning_rate=5e-3, batch_size=32)
 
 
 class FrameSet(NamedTuple):
@@ -244,7 +244,7 @@ def _mapped(
     work = work_of_frames(bijector, params, solution.a, solution.b, a, b, solution.state)
     counts = [some.n_chains - round(seen * some.n_chains) if some.n_chains > 1 else 1 for some in sets]
     g_a, g_b = (_inefficiency(np.asarray(w), n) for w, n in zip(work, counts, strict=True))
-    evaluations = 2 * (len(a) + len(b)) + facts.pop("evaluations", 0)
+    evaluations = 2 * (len(a) + len(b)) + facts.get("training_evaluations", 0)
     return _answer(method, work, estimator, (g_a, g_b), job.plan.seed, evaluations, **facts)
 
 
@@ -270,19 +270,22 @@ def _learned(job: _Job, loss: str) -> Answer:
     solution = job.problem
     bijector = radial_spline(solution.box_length, solution.radii, domain="box", width=16)
     a, b = (cut_by_time(some.x, train=_TRAIN, stop=_STOP) for some in job.frames())
-    minutes = min(_TRAINING_MINUTES, max(0.05, (job.deadline - time.monotonic()) / 60))
-    plan = MapPlan(loss=loss, max_minutes=minutes, learning_rate=5e-3, batch_size=32, seed=job.plan.seed)
+    plan = replace(_TRAINING, loss=loss, seed=job.plan.seed)
+    if plan.max_minutes is not None:
+        plan = replace(plan, max_minutes=min(plan.max_minutes, max(0.05, (job.deadline - time.monotonic()) / 60)))
 
     def watch(look: Any) -> None:
         job.report(Progress(loss, None, f"training: step {look.step}, held-out loss {look.held_out_loss:.4f} kT"))
 
     both = b if loss == "lbar" else None
     trained = train_map(bijector, solution.a, solution.b, a, both, solution.state, plan, watch=watch)
+    if trained.steps == 0:
+        job.warnings.append(f"{loss}: the time was over before the first step of training; the map is the analytic one")
     counts = {
         "frames_to_train": list(trained.frames[0]),
         "frames_to_stop": list(trained.frames[1]),
         "training_steps": trained.steps,
-        "evaluations": trained.energy_evaluations,
+        "training_evaluations": trained.energy_evaluations,
     }
     estimator = "fep" if loss == "lfep" else "bar"
     return _mapped(job, loss, estimator, bijector, trained.params, _TRAIN + _STOP, **counts)

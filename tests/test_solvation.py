@@ -5,6 +5,7 @@ Random tests fix their seeds. Four standard errors raise one false alarm in 16 0
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def exact():
 def result():
     methods = ["fep", "bar", "radial", "lbar", "bridge", "mbar"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solvation, "_TRAINING_MINUTES", 0.1)
+        # So many steps and not so long: what a machine finds time for must not matter.
+        patch.setattr(solvation, "_TRAINING", replace(solvation._TRAINING, max_minutes=None, max_steps=60, looks=6))
         return solvation.estimate_difference(SMALL, methods=methods, target_error=0.02, max_samples=2000, seed=1)
 
 
@@ -78,9 +80,21 @@ def test_frames_that_trained_do_not_estimate(result):
 def test_costs_are_counted(result):
     answers = {answer.method: answer for answer in result.answers}
     assert all(answer.energy_evaluations > 1000 and answer.wall_seconds > 0 for answer in result.answers)
-    assert answers["lbar"].energy_evaluations > answers["bar"].energy_evaluations
+    # Both use the same frames. lbar estimates from half of them, two energies each, and pays for its training.
+    lbar, plain = answers["lbar"], answers["bar"]
+    assert lbar.facts["training_steps"] == 60
+    training = lbar.energy_evaluations - 2 * sum(lbar.n_samples) - (plain.energy_evaluations - 2 * sum(plain.n_samples))
+    assert training == lbar.facts["training_evaluations"] > 60 * 2 * solvation._TRAINING.batch_size
     assert result.efficiency(answers["bar"]) == 1
     assert result.best.std_error == min(answer.std_error for answer in result.answers)
+
+
+def test_no_time_to_train_is_said(monkeypatch):
+    monkeypatch.setattr(solvation, "_BATCHES", 1)
+    monkeypatch.setattr(solvation, "_TRAINING", replace(solvation._TRAINING, max_minutes=1e-6))
+    found = solvation.estimate_difference(SMALL, methods=("lbar",), max_samples=600)
+    assert found.answers[0].facts["training_steps"] == 0
+    assert any("before the first step" in warning for warning in found.warnings)
 
 
 def test_text_and_json_say_the_same(result):
