@@ -9,10 +9,11 @@ same road.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,12 @@ class GaussianCrystal:
     colour_gradient: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
     noise: Callable[[Key, Any], Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
     truncated: Callable[[Key, Any], Float[Array, "n 3"]] | None = None  # where samples are not plain noise
+    n_strains: int = 0  # coordinates of the cell, beside the displacements
+
+    def log_normalisation(self, parameters: Gaussian) -> Scalar:
+        """ln of the integral of exp(-|z|^2 / 2) over configurations."""
+        n_coordinates = 3 * (self.crystal.n_atoms - 1) + self.n_strains
+        return 0.5 * n_coordinates * math.log(2 * math.pi) + parameters.log_det
 
     def launch(self, key: Key, dtype: Any) -> Float[Array, "n 3"]:
         """White z of a sample of the reference."""
@@ -70,7 +77,7 @@ class GaussianCrystal:
             return self.colour(parameters, self.launch(key, parameters.mean.dtype))
 
         def log_partition(state: ThermodynamicState) -> Scalar:
-            return 1.5 * (self.crystal.n_atoms - 1) * math.log(2 * math.pi) + parameters.log_det
+            return self.log_normalisation(parameters)
 
         return Ensemble(reduced_potential, sample, log_partition)
 
@@ -316,18 +323,91 @@ def fit_self_consistent(
     Raises:
         InputError: If energies or forces are not finite.
     """
-    crystal = recipe.crystal
-    blocks, mean = _stabilised(crystal, start), np.zeros((crystal.n_atoms, 3))
-    if isotropic:
-        blocks = isotropic_blocks(crystal, blocks)
+    first = DisplacementFit.start(recipe.crystal, start, isotropic)
+    return converged(recipe, first, evaluate, seed, n_samples, max_iterations, progress)
+
+
+@runtime_checkable
+class FitStep(Protocol):
+    """A Gaussian on its way to the fixed point, immutable."""
+
+    def gaussian(self) -> Any:
+        """Parameters as the recipe takes them."""
+        ...
+
+    def noise(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """White z (n, rows, 3)."""
+        ...
+
+    def improved(self, z: np.ndarray, gradient: np.ndarray) -> tuple[Any, float]:
+        """The next one, from samples and the target's gradient with respect to z, and the KL gain foreseen [kT]."""
+        ...
+
+
+@dataclass(frozen=True)
+class DisplacementFit:
+    """Precision and mean of a Gaussian crystal on their way to the fixed point."""
+
+    crystal: Crystal
+    blocks: np.ndarray  # (n_basis, n_translations, n_basis, 3, 3) [1/length**2]
+    mean: np.ndarray  # (n_atoms, 3) [length]
+    isotropic: bool = False  # every atom's precision is a multiple of the unit matrix
+
+    @classmethod
+    def start(cls, crystal: Crystal, blocks: np.ndarray, isotropic: bool = False) -> DisplacementFit:
+        """From precision blocks, which need not be positive."""
+        blocks = _stabilised(crystal, blocks)
+        if isotropic:
+            blocks = isotropic_blocks(crystal, blocks)
+        return cls(crystal, blocks, np.zeros((crystal.n_atoms, 3)), isotropic)
+
+    def gaussian(self) -> Gaussian:
+        """The Gaussian."""
+        return gaussian_from_blocks(self.crystal, self.blocks, self.mean)
+
+    def noise(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """White z (n, n_atoms, 3), mean-free."""
+        z = rng.standard_normal((n, self.crystal.n_atoms, 3))
+        return z - z.mean(axis=1, keepdims=True)
+
+    @functools.cached_property
+    def root_precision(self) -> np.ndarray:
+        """P^(1/2) (n_translations, 3b, 3b), zero on the uniform translations."""
+        values, vectors = _decompose(self.crystal, _spectrum(self.crystal, self.blocks))
+        root = np.where(np.isfinite(values), np.sqrt(np.where(np.isfinite(values), values, 0.0)), 0.0)
+        return np.einsum("qik,qk,qjk->qij", vectors, root, np.conj(vectors), optimize=True)
+
+    def periodic_step(self, g: np.ndarray) -> np.ndarray:
+        """Displacement A <g> (n_atoms, 3) of the basis atoms that would take the mean force A^-1 <g> to zero."""
+        return _uniform_newton(self.crystal, self.root_precision[0].real, g)
+
+    def improved(self, z: np.ndarray, gradient: np.ndarray) -> tuple[DisplacementFit, float]:
+        """See `FitStep`."""
+        crystal, root = self.crystal, self.root_precision
+        correction, gain = _correction(crystal, z, gradient - z, self.isotropic)
+        blocks = _blocks(crystal, root @ (np.eye(root.shape[1]) + correction) @ root)
+        if self.isotropic:
+            blocks = isotropic_blocks(crystal, blocks)
+        mean = self.mean - _symmetric_vector(crystal, self.periodic_step(gradient.mean(axis=0)))
+        return replace(self, blocks=blocks, mean=mean), gain
+
+
+def converged(
+    recipe: GaussianCrystal,
+    step: FitStep,
+    evaluate: EvaluateFn,
+    seed: int,
+    n_samples: int = 256,
+    max_iterations: int = 12,
+    progress: Callable[[int, float], None] = lambda *_: None,
+) -> Fit:
+    """Iterate to the Gaussian that minimises KL(q || target); see `fit_self_consistent`."""
     rng = np.random.default_rng(seed)
-    log_two_pi = 1.5 * (crystal.n_atoms - 1) * math.log(2 * math.pi)
     bounds: list[float] = []
-    best: tuple[float, Gaussian] | None = None
+    best: tuple[float, Any] | None = None
     for iteration in range(max_iterations):
-        gaussian = gaussian_from_blocks(crystal, blocks, mean)
-        half = rng.standard_normal((n_samples // 2, crystal.n_atoms, 3))
-        half -= half.mean(axis=1, keepdims=True)
+        gaussian = step.gaussian()
+        half = step.noise(rng, n_samples // 2)
         z = np.concatenate([half, -half])
         u_b, g = evaluate(gaussian, z)
         if not np.isfinite(u_b).all() or not np.isfinite(g).all():
@@ -336,22 +416,15 @@ def fit_self_consistent(
             )
         # <|z|^2> is known; pairing each energy with its own |z|^2 takes out most of the noise.
         excess = u_b - 0.5 * (z**2).sum(axis=(1, 2))
-        bounds.append(float(excess.mean()) - log_two_pi - float(gaussian.log_det))
-        progress(iteration, bounds[-1] / crystal.n_atoms)
+        bounds.append(float(excess.mean()) - recipe.log_normalisation(gaussian))
+        progress(iteration, bounds[-1] / recipe.crystal.n_atoms)
         if best is None or bounds[-1] < best[0]:
             best = (bounds[-1], gaussian)
-        correction, gain = _correction(crystal, z, g - z, isotropic)
+        step, gain = step.improved(z, g)
         noise = float(excess.std() / math.sqrt(n_samples / 2))
         stalled = len(bounds) > 2 and bounds[-1] > bounds[-2] - 0.1 * noise and gain < 0.5
         if stalled or gain < _NEGLIGIBLE_GAIN:
             break
-        values, vectors = _decompose(crystal, _spectrum(crystal, blocks))
-        root = np.where(np.isfinite(values), np.sqrt(np.where(np.isfinite(values), values, 0.0)), 0.0)
-        root_p = np.einsum("qik,qk,qjk->qij", vectors, root, np.conj(vectors), optimize=True)
-        blocks = _blocks(crystal, root_p @ (np.eye(root_p.shape[1]) + correction) @ root_p)
-        if isotropic:
-            blocks = isotropic_blocks(crystal, blocks)
-        mean = mean - _symmetric_vector(crystal, _uniform_newton(crystal, root_p[0].real, g.mean(axis=0)))
     assert best is not None
     return Fit(best[1], n_samples * len(bounds), best[0], len(bounds))
 
