@@ -146,7 +146,9 @@ Examples:
 @_FRAMES
 @_REPORT
 @click.option("--u-nk", metavar="OUT", help="Write the work for alchemlyb and pymbar: .csv or .parquet.")
-@click.option("--methods", metavar="LIST", help="Of a solution: fep, bar, radial, lfep, lbar, bridge, mbar; by commas.")
+@click.option(
+    "--methods", metavar="LIST", help="Of a solution: fep, bar, radial, lfep, lbar, bridge, escort, mbar; by commas."
+)
 @click.option("--max-minutes", type=float, help="Of a solution: stop after this long in any case.")
 @_OUTPUT
 def estimate(

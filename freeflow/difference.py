@@ -29,6 +29,7 @@ METHODS: Mapping[str, str] = {
     "lfep": "exponential average after a learned map",
     "lbar": "acceptance ratio after a learned map",
     "bridge": "switching the solute from A to B and back",
+    "escort": "switching, with a fitted field that moves the solvent along",
     "mbar": "states between A and B, all sampled",
 }
 
@@ -46,6 +47,7 @@ class Answer:
     wall_seconds: float
     work: Work | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # overlap, stages, frames for training ...
+    how: str = ""  # one line, where there is something to say
 
     @property
     def reliable(self) -> bool:
@@ -137,6 +139,7 @@ class DifferenceResult:
                 "delta_f_std_error": a.std_error,
                 "reliable": a.reliable,
                 "reasons": a.reasons,
+                "how": a.how,
                 "n_samples": list(a.n_samples),
                 "energy_evaluations": a.energy_evaluations,
                 "wall_seconds": a.wall_seconds,
@@ -228,11 +231,16 @@ class DifferenceResult:
             table.add_row("  published", value, "", "", "", "", "", published.source)
         console.print(table)
         notes = [f"{answer.method}: {reason}" for answer in self.answers for reason in answer.reasons]
-        for title, lines in (("Why not reliable", notes), ("Warnings", self.warnings)):
+        ways = [f"{answer.method}: {answer.how}" for answer in self.answers if answer.how]
+        for title, lines, style in (
+            ("How", ways, ""),
+            ("Why not reliable", notes, "yellow"),
+            ("Warnings", self.warnings, "yellow"),
+        ):
             if lines:
                 console.print()
                 console.print(Text(title, style="bold"))
                 for line in lines:
-                    console.print(Text(f"  {line}", style="yellow"))
+                    console.print(Text(f"  {line}", style=style))
         console.print()
         console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))

@@ -1,14 +1,16 @@
 """Training of a map between two sampled ensembles, from frames of one or both.
 
 Frames are cut into three parts by time: those that training sees, those that tell it when to stop, and those that the
-estimate is made from, which neither ever sees. What is minimised is work: its mean over frames of A, or
-that plus the mean work back over frames of B, which is the sum of both Kullback-Leibler divergences.
+estimate is made from, which neither ever sees; or into folds, each of which is the last of these parts once.
+What is minimised is work: its mean over frames of A, or that plus the mean work back over frames of B, which is the sum
+of both Kullback-Leibler divergences.
 
 References: Wirnsberger et al., J. Chem. Phys. 153, 144112 (2020), for both losses.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +83,33 @@ def cut_by_time(frames: Frames, train: float = 0.4, stop: float = 0.1) -> Parts:
             "two are needed in each"
         )
     return parts
+
+
+def folds(frames: Frames, n_folds: int, n_chains: int = 1, stop: float = 0.2) -> tuple[Parts, ...]:
+    """Every block of frames to estimate from once, with all the other frames to train and to stop on.
+
+    Args:
+        frames: Chain after chain, all of equal length, each in the order in which it was sampled.
+        n_folds: Blocks. They are whole chains where there are chains enough, and of equal length otherwise.
+        n_chains: Independent chains.
+        stop: Share of the other frames to stop on, the last of them.
+
+    Raises:
+        InputError: If a part would be empty.
+    """
+    unit = len(frames) // n_chains if n_chains >= n_folds else 1
+    cuts = [unit * round(k * (len(frames) // unit) / n_folds) for k in range(n_folds)] + [len(frames)]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        others = np.concatenate([frames[:begin], frames[end:]])
+        first = round((1 - stop) * len(others))
+        parts.append(Parts(others[:first], others[first:], frames[begin:end]))
+    if min(min(part.counts) for part in parts) < 2:
+        raise InputError(
+            f"estimate.map.folds: {len(frames)} frames in {n_folds} folds leave fewer than two to train, stop or "
+            "estimate from"
+        )
+    return tuple(parts)
 
 
 # ------------------------------------------------------------------------------ work

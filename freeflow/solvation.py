@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeflow import switching
-from freeflow.bijectors.radial import analytic_radial, radial_spline
+from freeflow.bijectors.radial import analytic_radial
 from freeflow.config import load, revise_difference
 from freeflow.difference import Answer, DifferenceResult
 from freeflow.errors import InputError
@@ -28,21 +28,22 @@ from freeflow.estimators import (
     reliability,
     statistical_inefficiency,
 )
-from freeflow.map_training import MapPlan, cut_by_time, train_map, work_of_frames
+from freeflow.flows.fluid import carrier
+from freeflow.learned_maps import learn, training_for
+from freeflow.map_training import Parts, fit_map, folds, shape_for, work_of_frames
 from freeflow.preparation import Clock, Progress, Report
 from freeflow.result import environment
 from freeflow.solutions import Solution, read_frames
-from freeflow.switching import Chains, Fluid, Switches
-from freeflow.types import Bijector, DifferencePlan, Params, Work, double_precision
+from freeflow.switching import Chains, Course, Fluid, Switches
+from freeflow.types import Bijector, DifferencePlan, Work, double_precision
 
 _BATCHES = 4  # of chains, in each state
-_FRAMES = 4096  # of each state, for methods that work on frames
+_FRAMES, _FRAMES_TO_FIT = 4096, 2048  # of each state, for methods that work on frames, and to fit an escort to
 _STATES, _ROUNDS_OF_STATES = 9, 16  # for MBAR, and samples of every chain in each
 _TRIAL_STAGES = 256
 _LARGEST_STEP = 0.03  # of journeys, in radii of the larger solute
+_LEGS, _ESCORTED_VARIANCE = (4, 64), 2.0  # of escorted journeys: fewest and most, and of their work [kT^2]
 _FEWEST_ROUNDS = 4  # of journeys from every chain; fewer tell nothing of their correlation
-_TRAIN, _STOP = 0.4, 0.1  # shares of the frames to train a map on, and to tell when to stop
-_TRAINING = MapPlan(max_minutes=2.0, learning_rate=5e-3, batch_size=32)
 
 
 class FrameSet(NamedTuple):
@@ -51,11 +52,6 @@ class FrameSet(NamedTuple):
     x: np.ndarray  # (n, n_solvent, 3) [length]
     n_chains: int
     source: str
-
-    def later(self, share: float) -> np.ndarray:
-        """All but the first share: whole chains where there are many, which are independent."""
-        each = len(self.x) // self.n_chains
-        return self.x[each * round(share * self.n_chains) if self.n_chains > 1 else round(share * each) :]
 
 
 @dataclass
@@ -106,7 +102,8 @@ class _Job:
             chains = self.chains()
             before, sets = self.spent, []
             for state, (some, interval) in zip("AB", chains, strict=True):
-                rounds = -(-min(_FRAMES, self.plan.max_samples) // len(some))
+                enough = _FRAMES if _ON_FRAMES & set(self.plan.methods) else _FRAMES_TO_FIT
+                rounds = -(-min(enough, self.plan.max_samples) // len(some))
                 x = self.fluid.sample(some, rounds, interval, self.tell(f"sampling of state {state}")).frames
                 sets.append(FrameSet(x, len(some), f"{len(x)} samples of {len(some)} chains of Monte Carlo"))
             self._frames = sets[0], sets[1]
@@ -139,7 +136,7 @@ def estimate_difference(
     report, clock = progress or (lambda _: None), Clock()
     deadline = math.inf if plan.max_minutes is None else time.monotonic() + 60 * plan.max_minutes
     for method in plan.methods:
-        if method in _MAPPED:
+        if method == "radial" or (method in {"lfep", "lbar"} and plan.map.kind == "radial"):
             _require_sizes(found, method)
     answers: list[Answer] = []
     interrupted = False
@@ -170,7 +167,7 @@ def estimate_difference(
         samples=samples,
         warnings=tuple(job.warnings),
         interrupted=interrupted,
-        provenance={**environment(plan.seed), "config": {**found.config, "estimate": dict(vars(plan))}},
+        provenance={**environment(plan.seed), "config": {**found.config, "estimate": plan.values()}},
     )
 
 
@@ -234,18 +231,16 @@ def _answer(
     )
 
 
-def _mapped(
-    job: _Job, method: str, estimator: str, bijector: Bijector, params: Params, seen: float = 0.0, **facts: Any
-) -> Answer:
-    """Work of frames through a map; the first share of them, which training has seen, is left out."""
+def _mapped(job: _Job, method: str, estimator: str, bijector: Bijector) -> Answer:
+    """Work of all frames through a map without parameters."""
     solution, sets = job.problem, job.frames()
-    a, b = (some.later(seen) for some in sets)
+    a, b = (some.x for some in sets)
+    if estimator == "fep":
+        b = b[:0]
     job.report(Progress(method, None, "work of the frames"))
-    work = work_of_frames(bijector, params, solution.a, solution.b, a, b, solution.state)
-    counts = [some.n_chains - round(seen * some.n_chains) if some.n_chains > 1 else 1 for some in sets]
-    g_a, g_b = (_inefficiency(np.asarray(w), n) for w, n in zip(work, counts, strict=True))
-    evaluations = 2 * (len(a) + len(b)) + facts.get("training_evaluations", 0)
-    return _answer(method, work, estimator, (g_a, g_b), job.plan.seed, evaluations, **facts)
+    work = work_of_frames(bijector, (), solution.a, solution.b, a, b, solution.state)
+    g_a, g_b = (_inefficiency(np.asarray(w), some.n_chains) for w, some in zip(work, sets, strict=True))
+    return _answer(method, work, estimator, (g_a, g_b), job.plan.seed, 2 * (len(a) + len(b)))
 
 
 def _identity() -> Bijector:
@@ -262,47 +257,128 @@ def _require_sizes(solution: Solution, method: str) -> None:
 
 def _radial(job: _Job) -> Answer:
     bijector = analytic_radial(job.problem.box_length, job.problem.radii)
-    return _mapped(job, "radial", "bar", bijector, ())
+    return _mapped(job, "radial", "bar", bijector)
 
 
 def _learned(job: _Job, loss: str) -> Answer:
-    """A radial map that learns from the first frames; later ones make the estimate."""
-    solution = job.problem
-    bijector = radial_spline(solution.box_length, solution.radii, domain="box", width=16)
-    a, b = (cut_by_time(some.x, train=_TRAIN, stop=_STOP) for some in job.frames())
-    plan = replace(_TRAINING, loss=loss, seed=job.plan.seed)
-    if plan.max_minutes is not None:
-        plan = replace(plan, max_minutes=min(plan.max_minutes, max(0.05, (job.deadline - time.monotonic()) / 60)))
+    """Maps that learn from some folds of the frames carry the others."""
+    solution, choice = job.problem, job.plan.map
+    two_sided = loss == "lbar"
+    job.report(Progress(loss, None, "frames"))
+    sets = job.frames()
+    a, b = (folds(some.x, choice.folds, some.n_chains) for some in sets)
+    learned, works = [], []
+    for k in range(choice.folds):
 
-    def watch(look: Any) -> None:
-        job.report(Progress(loss, None, f"training: step {look.step}, held-out loss {look.held_out_loss:.4f} kT"))
+        def watch(look: Any, k: int = k) -> None:
+            text = f"fold {k + 1} of {choice.folds}, step {look.step}, held-out loss {look.held_out_loss:.4f} kT"
+            job.report(Progress(loss, None, text))
 
-    both = b if loss == "lbar" else None
-    trained = train_map(bijector, solution.a, solution.b, a, both, solution.state, plan, watch=watch)
-    if trained.steps == 0:
-        job.warnings.append(f"{loss}: the time was over before the first step of training; the map is the analytic one")
-    counts = {
-        "frames_to_train": list(trained.frames[0]),
-        "frames_to_stop": list(trained.frames[1]),
-        "training_steps": trained.steps,
-        "training_evaluations": trained.energy_evaluations,
+        left = None if math.isinf(job.deadline) else max(0.0, (job.deadline - time.monotonic()) / 60)
+        job.report(Progress(loss, None, f"fold {k + 1} of {choice.folds}: the map learns"))
+        training = training_for(choice, loss, job.plan.seed, left)
+        found = learn(solution, choice.kind, a[k], b[k] if two_sided else None, training, watch)
+        back = b[k].estimate if two_sided else b[k].estimate[:0]
+        job.report(Progress(loss, None, f"fold {k + 1} of {choice.folds}: work of the frames"))
+        works.append(
+            work_of_frames(found.bijector, found.params, solution.a, solution.b, a[k].estimate, back, solution.state)
+        )
+        learned.append(found)
+    if any(found.untouched for found in learned):
+        job.warnings.append(f"{loss}: the time was over before the first step of training; maps are as they were made")
+    work = Work(*(np.concatenate(side) for side in zip(*works, strict=True)))
+    g = tuple(_inefficiency(np.asarray(w), some.n_chains) for w, some in zip(work, sets, strict=True))
+    spent = sum(found.energy_evaluations for found in learned)
+    facts: dict[str, Any] = {
+        "map": choice.kind,
+        "folds": choice.folds,
+        "frames_to_train": [list(found.frames[0]) for found in learned],
+        "frames_to_stop": [list(found.frames[1]) for found in learned],
+        "training_steps": [found.steps for found in learned],
+        "training_evaluations": spent,
     }
-    estimator = "fep" if loss == "lfep" else "bar"
-    return _mapped(job, loss, estimator, bijector, trained.params, _TRAIN + _STOP, **counts)
+    if learned[0].fitted is not None:
+        facts["left_over"] = [found.fitted.left_over[1] for found in learned if found.fitted is not None]
+    evaluations = 2 * sum(len(side) for side in work) + spent
+    answer = _answer(loss, work, "bar" if two_sided else "fep", (g[0], g[1]), job.plan.seed, evaluations, **facts)
+    return replace(answer, how=_how(facts, two_sided))
+
+
+def _how(facts: Mapping[str, Any], two_sided: bool) -> str:
+    """Who learned from what, in one line."""
+
+    def counts(pair: list[int]) -> str:
+        return f"{pair[0]} + {pair[1]}" if two_sided else str(pair[0])
+
+    (train, *_), (stop, *_) = facts["frames_to_train"], facts["frames_to_stop"]
+    text = (
+        f"{facts['map']} maps in {facts['folds']} folds; each learned from {counts(train)} frames and was chosen by "
+        f"{counts(stop)}, none of which it carried"
+    )
+    if max(facts["training_steps"]):
+        text += f"; {max(facts['training_steps'])} steps on work"
+    if "left_over" in facts:
+        text += f"; fields leave {max(facts['left_over']):.0%} of the variance of du/dl"
+    return text
 
 
 # ------------------------------------------------------------------------------ methods along the way
 
 
+def _step(job: _Job) -> float:
+    """Time step of journeys: where atoms are few, moves are accepted whatever it is, but a growing solute must be met
+    softly."""
+    return min(*(some.step for some, _ in job.chains()), _LARGEST_STEP * max(job.problem.radii))
+
+
 def _bridge(job: _Job) -> Answer:
+    """Journeys over stages of equal thermodynamic distance."""
+    chains = job.chains()[0][0]
+    job.report(Progress("bridge", None, "trial journey"))
+    pilot = job.fluid.pilot(chains, switching.even_course(_TRIAL_STAGES, _step(job)))
+    return _to_and_fro(job, "bridge", switching.course_from(pilot, switching.stages_for(pilot)), {})
+
+
+def _escort(job: _Job) -> Answer:
+    """Journeys along which a field carries the solvent, one that was fitted to frames from before they set out."""
+    sets = job.frames()
+    job.report(Progress("escort", None, "the field is fitted"))
+    a, b = (_to_fit(some.x[:: -(-len(some.x) // _FRAMES_TO_FIT)]) for some in sets)
+    shape = shape_for(job.problem, hops=False)
+    fitted = fit_map(job.problem, a, b, shape)
+    carry, chains = carrier(fitted.params, shape), job.chains()[0][0]
+    legs = _LEGS[0]
+    while True:
+        course = switching.escorted_course(carry, legs, _step(job))
+        job.report(Progress("escort", None, f"trial journey of {legs} legs"))
+        trial = job.fluid.across(chains, course, "tuning")
+        if np.var(trial) <= _ESCORTED_VARIANCE or 2 * legs > _LEGS[1]:
+            break
+        legs *= 2
+    facts = {
+        "legs": legs,
+        "left_over": fitted.left_over[1],
+        "frames_to_train": list(fitted.frames[0]),
+        "frames_to_stop": list(fitted.frames[1]),
+        "training_evaluations": fitted.energy_evaluations,
+    }
+    how = (
+        f"{legs} legs; the field was fitted to {len(a.train)} + {len(b.train)} frames from before the journeys, and "
+        f"leaves {fitted.left_over[1]:.0%} of the variance of du/dl"
+    )
+    return replace(_to_and_fro(job, "escort", course, facts), how=how)
+
+
+def _to_fit(frames: np.ndarray) -> Parts:
+    """Most of the frames to fit to, the last to choose the penalty by, none to estimate from."""
+    first = round(0.8 * len(frames))
+    return Parts(frames[:first], frames[first:], frames[:0])
+
+
+def _to_and_fro(job: _Job, method: str, course: Course, facts: Mapping[str, Any]) -> Answer:
     """Journeys from A to B and back, round after round, from chains that move on between them."""
     fluid, plan = job.fluid, job.plan
     chains = job.chains()
-    job.report(Progress("bridge", None, "trial journey"))
-    # Where atoms are few, moves are accepted whatever the step, but a growing solute still has to be met softly.
-    step = min(*(some.step for some, _ in chains), _LARGEST_STEP * max(job.problem.radii))
-    pilot = fluid.pilot(chains[0][0], switching.even_course(_TRIAL_STAGES, step))
-    course = switching.course_from(pilot, switching.stages_for(pilot))
     rounds: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     while True:
         try:
@@ -314,7 +390,7 @@ def _bridge(job: _Job) -> Answer:
         except KeyboardInterrupt:
             if len(rounds[0]) < _FEWEST_ROUNDS:
                 raise
-            job.warnings.append("bridge: interrupted")
+            job.warnings.append(f"{method}: interrupted")
             break
         for side, work in zip(rounds, both, strict=True):
             side.append(work)
@@ -326,11 +402,12 @@ def _bridge(job: _Job) -> Answer:
         text = (
             f"{n} journeys each way over {course.n_stages} stages, error {error:.2g}, target {plan.target_error:g} kT"
         )
-        job.report(Progress("bridge", done, text))
+        job.report(Progress(method, done, text))
         if error <= plan.target_error or n >= plan.max_samples or job.late:
             break
-    facts = {"stages": course.n_stages, "step": course.step, "chains": len(chains[0][0])}
-    return _answer("bridge", switches.work, "bar", switches.inefficiency, plan.seed, 0, **facts)
+    said = {"stages": course.n_stages, "step": course.step, "chains": len(chains[0][0]), **facts}
+    evaluations = facts.get("training_evaluations", 0)
+    return _answer(method, switches.work, "bar", switches.inefficiency, plan.seed, evaluations, **said)
 
 
 def _staged(job: _Job) -> Answer:
@@ -351,13 +428,14 @@ def _staged(job: _Job) -> Answer:
 
 
 _WAYS: Mapping[str, Callable[[_Job], Answer]] = {
-    "fep": lambda job: _mapped(job, "fep", "fep", _identity(), ()),
-    "bar": lambda job: _mapped(job, "bar", "bar", _identity(), ()),
+    "fep": lambda job: _mapped(job, "fep", "fep", _identity()),
+    "bar": lambda job: _mapped(job, "bar", "bar", _identity()),
     "radial": _radial,
     "lfep": lambda job: _learned(job, "lfep"),
     "lbar": lambda job: _learned(job, "lbar"),
     "bridge": _bridge,
+    "escort": _escort,
     "mbar": _staged,
 }
-_MAPPED = {"radial", "lfep", "lbar"}
+_ON_FRAMES = set(_WAYS) - {"bridge", "escort", "mbar"}
 _USES = {method: ("chains",) if method in {"bridge", "mbar"} else ("chains", "frames") for method in _WAYS}

@@ -11,14 +11,19 @@ the step, and energies are needed at the two ends alone. No step is rejected on 
 around, which made the way four times as long. From a state to itself the journey is a Monte Carlo move, accepted with
 probability min(1, e^-w).
 
+A journey may be escorted: where lambda jumps, a map carries the atoms along, and the logarithm of its Jacobian counts
+as heat that it let in. Velocities stay as they are.
+
 Velocities are in units in which kT and the masses are 1, and the time step is a length.
 
 References: Jarzynski, PRE 56, 5018 (1997); Crooks, PRE 60, 2721 (1999); Sivak, Chodera and Crooks, PRX 3, 011007
-(2013), for the shadow work; Nilmeier, Crooks, Minh and Chodera, PNAS 108, E1009 (2011), for the move.
+(2013), for the shadow work; Vaikuntanathan and Jarzynski, PRL 100, 190601 (2008), for the escort; Nilmeier, Crooks,
+Minh and Chodera, PNAS 108, E1009 (2011), for the move.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter
@@ -41,6 +46,8 @@ from freeflow.types import Key, Work, double_precision
 from freeflow.work import n_workers, systematic_resample
 
 R = TypeVar("R")
+# (n, 3, batch) [length], span of lambda -> positions that went along, log dets (batch,)
+Carry = Callable[[Array, Any], tuple[Array, Array]]
 
 REFRESHMENT = 0.02  # share of the kinetic energy that one step draws anew; see docs/method.md
 _MOVE = 32  # steps of a Monte Carlo move
@@ -52,6 +59,7 @@ _STAGES = (32, 20_000)
 _FIRST_LOOKS, _MAX_LOOKS, _LONG = 32, 2048, 10.0  # at equilibrium, in moves; and in inefficiencies
 _SETTLING = 32  # moves in which the first step size is found
 _FOLLOWING = 64  # steps from one state to the next
+RELAXATION = 32  # steps between two legs of an escorted journey; see docs/solutions.md
 
 
 class Walkers(NamedTuple):
@@ -72,10 +80,11 @@ class Way(NamedTuple):
 
 
 class Course(NamedTuple):
-    """A way from A to B: lambda at the start and after every stage, from 0 to 1, and the time step [length]."""
+    """A way from A to B, and the time step [length]."""
 
-    lambdas: Float[np.ndarray, " n"]
+    lambdas: Float[np.ndarray, " n"]  # 0 at the start, then that of every stage
     step: float
+    carry: Carry | None = None  # an escort: what moves atoms along wherever lambda changes
 
     @property
     def n_stages(self) -> int:
@@ -101,13 +110,15 @@ class Course(NamedTuple):
 class Switch:
     """Pure functions of a batch; lambda = 0 is state A and 1 is state B.
 
-    `launch(key, x)` gives positions (n, 3, batch) fresh velocities. `travel(key, walkers, lambdas, steps, count)` takes
+    `launch(key, x)` gives positions (n, 3, batch) fresh velocities. `pull(x)` is the gradient of the solvent's energy.
+    `travel(key, walkers, lambdas, steps, count)` takes
     `count` Langevin steps of this length, step k at `lambdas[k]`. `energies(x, lambdas)` is the reduced potential
     (n_states, batch) in float64 and `energy(x, lam)` that of one state. `move(key, x, u, lam, step)` is a Monte Carlo
     move, which returns positions, reduced potentials, and who moved.
     """
 
     launch: Callable[[Key, Array], Walkers]
+    pull: Callable[[Array], Array]
     travel: Callable[[Key, Walkers, Array, Any, Any], Walkers]
     energies: Callable[[Array, Array], Array]
     energy: Callable[[Array, Any], Array]
@@ -173,7 +184,7 @@ def switch(solution: Solution, dtype: str = "float32", refreshment: float = REFR
         accept = -work > jnp.log(jax.random.uniform(key_accept, work.shape, jnp.float64))
         return jnp.where(accept, end.x.astype(x.dtype), x), jnp.where(accept, u_new, u), accept
 
-    return Switch(launch, travel, energies, energy, move)
+    return Switch(launch, lambda x: fast.solvent(x)[1], travel, energies, energy, move)
 
 
 def kinetic(v: Float[Array, "n 3 batch"]) -> Float[Array, " batch"]:
@@ -187,6 +198,11 @@ def kinetic(v: Float[Array, "n 3 batch"]) -> Float[Array, " batch"]:
 def even_course(n_stages: int, step: float) -> Course:
     """Stages evenly spaced in lambda."""
     return Course(np.linspace(0.0, 1.0, n_stages + 1), step)
+
+
+def escorted_course(carry: Carry, n_legs: int, step: float, relaxation: int = RELAXATION) -> Course:
+    """Legs of equal length over which a map carries the atoms, with Langevin steps between them."""
+    return Course(np.concatenate([[0.0], np.repeat(np.arange(1, n_legs) / n_legs, relaxation)]), step, carry)
 
 
 def course_from(pilot: bridges.Pilot, n_stages: int) -> Course:
@@ -331,6 +347,7 @@ class Fluid:
         self.evaluations: Counter[str] = Counter()  # equilibration, tuning, sampling, switching, checks
         self.switch = switch(solution, dtype)
         self._calls: Counter[int] = Counter()
+        self._carriers: dict[Carry, Callable[[Walkers, Any], Walkers]] = {}
         self._threads = ThreadPoolExecutor(n_workers(), thread_name_prefix="freeflow")
         self._launch, self._travel = jax.jit(self.switch.launch), jax.jit(self.switch.travel, donate_argnums=1)
         self._energy, self._move = jax.jit(self.switch.energy), jax.jit(self.switch.move)
@@ -482,7 +499,16 @@ class Fluid:
 
     # ----------------------------------------------------------------- journeys
 
-    def journey(self, x: Array, index: int, way: Way, step: float, purpose: str, stops: Sequence[int] = ()) -> Journey:
+    def journey(
+        self,
+        x: Array,
+        index: int,
+        way: Way,
+        step: float,
+        purpose: str,
+        stops: Sequence[int] = (),
+        carry: Carry | None = None,
+    ) -> Journey:
         """A batch (n, 3, batch) on its way, launched with fresh velocities.
 
         Args:
@@ -491,7 +517,8 @@ class Fluid:
             way: The lambdas it goes through.
             step: Time step [length].
             purpose: What the evaluations are booked under.
-            stops: Stages at which the work done so far is booked besides.
+            stops: Stages at which the work done so far is booked besides; without an escort only.
+            carry: The escort, if there is one.
 
         Raises:
             StoppedError: If the threads were asked to end on the way.
@@ -500,6 +527,8 @@ class Fluid:
         def total(now: Walkers, lam: float) -> Array:
             return self.energy(now.x, lam) + kinetic(now.v) - now.heat
 
+        if carry is not None:
+            return self._escorted(x, index, way, step, purpose, carry)
         walkers, done, works = self._launch(self.key(index), x), 0, []
         before = total(walkers, way.start)
         for stop, lam in [*((stop, float(way.stages[stop - 1])) for stop in stops), (len(way.stages), way.end)]:
@@ -507,21 +536,60 @@ class Fluid:
                 if self._stop.is_set():
                     raise StoppedError
                 count = min(_PIECE, stop - done)
-                piece = np.zeros(_PIECE)
-                piece[:count] = way.stages[done : done + count]
-                # Another key for every piece: within one, stages are told apart.
-                walkers = jax.block_until_ready(self._travel(self.key(index), walkers, piece, step, count))
-                self._count(purpose, count)
+                walkers = self._piece(walkers, index, way.stages[done : done + count], step, purpose)
                 done += count
             works.append(np.asarray(total(walkers, lam) - before))
-        # What flew apart did more work than a number holds.
-        return Journey(np.nan_to_num(np.array(works), nan=np.inf, posinf=np.inf), walkers.x)
+        return Journey(_work(np.array(works)), walkers.x)
+
+    def _piece(self, walkers: Walkers, index: int, stages: np.ndarray, step: float, purpose: str) -> Walkers:
+        """A few Langevin steps of a batch, at most `_PIECE`."""
+        piece = np.zeros(_PIECE)
+        piece[: len(stages)] = stages
+        # Another key for every piece: within one, stages are told apart.
+        walkers = jax.block_until_ready(self._travel(self.key(index), walkers, piece, step, len(stages)))
+        self._count(purpose, len(stages))
+        return walkers
+
+    def _escorted(self, x: Array, index: int, way: Way, step: float, purpose: str, carry: Carry) -> Journey:
+        """A journey whose walkers are carried along wherever lambda changes."""
+        carried = self._carried(carry)
+        walkers = self._launch(self.key(index), x)
+        before = self.energy(walkers.x, way.start) + kinetic(walkers.v)
+        here = way.start
+        for lam, stages in [*itertools.groupby(way.stages.tolist()), (way.end, ())]:
+            if self._stop.is_set():
+                raise StoppedError
+            walkers = jax.block_until_ready(carried(walkers, np.float32(lam - here)))
+            self._count(purpose, 1)
+            here, steps = lam, np.fromiter(stages, float)
+            for begin in range(0, len(steps), _PIECE):
+                walkers = self._piece(walkers, index, steps[begin : begin + _PIECE], step, purpose)
+        work = self.energy(walkers.x, way.end) + kinetic(walkers.v) - walkers.heat - before
+        return Journey(_work(np.asarray(work)[None]), walkers.x)
+
+    def _carried(self, carry: Carry) -> Callable[[Walkers, Any], Walkers]:
+        """Compiled once for every map."""
+        with self._lock:
+            if carry not in self._carriers:
+
+                def carried(walkers: Walkers, span: Array) -> Walkers:
+                    x, log_det = carry(walkers.x, span)
+                    return Walkers(x, walkers.v, self.switch.pull(x), walkers.heat + log_det)
+
+                self._carriers[carry] = jax.jit(carried)
+            return self._carriers[carry]
 
     def _journeys(
-        self, chains: Chains, way: Way, step: float, purpose: str, stops: Sequence[int] = ()
+        self,
+        chains: Chains,
+        way: Way,
+        step: float,
+        purpose: str,
+        stops: Sequence[int] = (),
+        carry: Carry | None = None,
     ) -> list[Journey]:
         numbers = range(chains.first, chains.first + len(chains.x))
-        return self.each(lambda x, k: self.journey(x, k, way, step, purpose, stops), chains.x, numbers)
+        return self.each(lambda x, k: self.journey(x, k, way, step, purpose, stops, carry), chains.x, numbers)
 
     def _follow(self, chains: Chains, lam: float) -> Chains:
         """The chains after a journey to another place on the way, those that came easily in place of the others."""
@@ -531,10 +599,11 @@ class Fluid:
         x = [end.x[:, :, systematic_resample(-end.works[-1], rng)] for end in ends]
         return Chains(self, lam, chains.step, x, chains.first)
 
-    def across(self, chains: Chains, course: Course) -> Float[np.ndarray, " n_chains"]:
+    def across(self, chains: Chains, course: Course, purpose: str = "switching") -> Float[np.ndarray, " n_chains"]:
         """Work of one journey from every chain's place, at A or at B, to the other state [kT]; the chains stay."""
         way = course.forward if chains.lam == 0 else course.reverse
-        return np.concatenate([journey.works[-1] for journey in self._journeys(chains, way, course.step, "switching")])
+        journeys = self._journeys(chains, way, course.step, purpose, carry=course.carry)
+        return np.concatenate([journey.works[-1] for journey in journeys])
 
     def across_from(
         self, frames: Float[np.ndarray, "m n 3"], course: Course, lam: float = 0.0, first: int = 2**20
@@ -568,6 +637,11 @@ def packed(solution: Solution, radius: float, n: int, rng: np.random.Generator) 
         if len(free) >= solution.n_solvent:
             return np.stack([rng.permutation(free)[: solution.n_solvent] for _ in range(n)], axis=2)
     raise InputError(f"solution.box_length: {solution.n_solvent} atoms and the solute find no room in this box")
+
+
+def _work(work: np.ndarray) -> np.ndarray:
+    """What flew apart did more work than a number holds."""
+    return np.nan_to_num(work, nan=np.inf, posinf=np.inf)
 
 
 def batch_size(n_solvent: int) -> int:

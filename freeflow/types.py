@@ -210,14 +210,28 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class LearnedMap:
+    """The map that `lfep` and `lbar` learn from frames."""
+
+    kind: str = "field"  # field | radial | torus
+    folds: int = 2  # parts of the frames; a map that learns from the others carries each
+    max_minutes: float | None = None  # of training on work, in all; by default none for a field, and 2 for the others
+
+
+@dataclass(frozen=True)
 class DifferencePlan:
     """How to estimate the difference of two states: the `estimate:` section with every default filled in."""
 
-    methods: tuple[str, ...] = ("bridge",)  # fep | bar | radial | lfep | lbar | bridge | mbar
+    methods: tuple[str, ...] = ("bridge",)  # fep | bar | radial | lfep | lbar | bridge | escort | mbar
     target_error: float = 0.05  # one standard error [kT]
     max_samples: int = 100_000  # of each state
     max_minutes: float | None = None  # of all methods together
+    map: LearnedMap = field(default_factory=LearnedMap)
     seed: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """Plain values as under `estimate` in system.yaml."""
+        return {**vars(self), "map": dict(vars(self.map))}
 
 
 @dataclass(frozen=True)

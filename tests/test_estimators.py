@@ -337,3 +337,12 @@ def test_planted_faults_are_named():
     assert "error bar" in reliability(diagnose(one), fep(one))[0]
     wide = gaussian_work(rng, 2000, variance=20.0)
     assert any("effective samples" in reason for reason in reliability(diagnose(wide), fep(wide)))
+
+
+def test_bounded_weights_have_no_heavy_tail():
+    """Hardly any work, but a few samples that gain much of it: BAR's weights stay within a factor of two."""
+    rng = np.random.default_rng(8)
+    work = record(*(1e-3 * rng.standard_normal((2, 4000)) - 1e-3 * rng.pareto(1.0, (2, 4000))))
+    found = diagnose(work, "bar")
+    assert found.pareto_k > 0.7 and found.overlap > 0.9
+    assert not any("heavy" in reason for reason in reliability(found, bar(work)))

@@ -19,6 +19,7 @@ from freeflow.map_training import (
     MapPlan,
     cut_by_time,
     fit_map,
+    folds,
     rates,
     shape_for,
     solvent_core,
@@ -58,6 +59,24 @@ def test_parts_are_blocks_of_time_that_share_no_frame():
     cut = cut_by_time(x, 0.5, 0.2)
     assert cut.counts == (10, 4, 6)
     np.testing.assert_array_equal(np.concatenate(cut), x)
+
+
+@pytest.mark.parametrize(("n_folds", "n_chains", "blocks"), [(2, 1, [10, 11]), (3, 7, [6, 9, 6]), (4, 3, [5, 5, 6, 5])])
+def test_folds_are_estimated_from_once_and_never_by_who_saw_them(n_folds, n_chains, blocks):
+    """Whole chains, here of three frames each, where there are enough of them."""
+    x = np.arange(21.0)[:, None, None] * np.ones((1, N, 3))
+    parts = folds(x, n_folds, n_chains)
+    assert [len(part.estimate) for part in parts] == blocks
+    np.testing.assert_array_equal(np.concatenate([part.estimate for part in parts]), x)
+    for part in parts:
+        seen = np.concatenate([part.train, part.stop])
+        assert len(seen) + len(part.estimate) == len(x)
+        assert not set(seen[:, 0, 0]) & set(part.estimate[:, 0, 0])
+
+
+def test_folds_of_too_few_frames_are_refused():
+    with pytest.raises(InputError, match=r"estimate\.map\.folds: 7 frames in 4 folds"):
+        folds(frames(0, 7), 4)
 
 
 @pytest.mark.parametrize(("train", "stop", "n"), [(0.0, 0.1, 100), (0.9, 0.1, 100), (0.5, 0.1, 8), (0.5, -0.1, 100)])
@@ -202,8 +221,8 @@ def test_a_map_that_forgets_its_log_det_is_caught_by_the_two_sides():
 L, RADII, TEMPERATURES = 4.0, (1.2, 1.5), (2.0, 1.6)
 
 
-def around_a_solute(n, temperature=1.5):
-    return solution("test", n, L, UNIT_STYLES["lj"], temperature, "wca", RADII)
+def around_a_solute(n, temperature=1.5, radii=RADII):
+    return solution("test", n, L, UNIT_STYLES["lj"], temperature, "wca", radii)
 
 
 def drawn(problem, which, n, seed):

@@ -5,14 +5,14 @@ Random tests fix their seeds. Four standard errors raise one false alarm in 16 0
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import freeflow as ff
 from freeflow import cli, preparation, solvation
-from freeflow.difference import Answer, DifferenceResult
+from freeflow.config import revise_difference
+from freeflow.difference import METHODS, Answer, DifferenceResult
 from freeflow.errors import InputError
 from freeflow.solutions import Solution
 from freeflow.types import DifferencePlan
@@ -46,15 +46,12 @@ def exact():
 
 @pytest.fixture(scope="module")
 def result():
-    methods = ["fep", "bar", "radial", "lbar", "bridge", "mbar"]
-    with pytest.MonkeyPatch.context() as patch:
-        # So many steps and not so long: what a machine finds time for must not matter.
-        patch.setattr(solvation, "_TRAINING", replace(solvation._TRAINING, max_minutes=None, max_steps=60, looks=6))
-        return solvation.estimate_difference(SMALL, methods=methods, target_error=0.02, max_samples=2000, seed=1)
+    methods = ["fep", "bar", "radial", "lfep", "lbar", "bridge", "escort", "mbar"]
+    return solvation.estimate_difference(SMALL, methods=methods, target_error=0.02, max_samples=2000, seed=1)
 
 
 def test_every_method_meets_quadrature(result, exact):
-    assert [answer.method for answer in result.answers] == ["fep", "bar", "radial", "lbar", "bridge", "mbar"]
+    assert [answer.method for answer in result.answers] == list(METHODS)
     for answer in result.answers:
         assert answer.reliable, answer.method
         assert 0 < answer.std_error < 0.05
@@ -69,31 +66,37 @@ def test_a_map_that_is_exact_has_no_spread(result):
     assert answers["radial"].facts["overlap"] > answers["bar"].facts["overlap"]
 
 
-def test_frames_that_trained_do_not_estimate(result):
-    lbar = next(answer for answer in result.answers if answer.method == "lbar")
-    bar = next(answer for answer in result.answers if answer.method == "bar")
-    train, stop, used = lbar.facts["frames_to_train"][0], lbar.facts["frames_to_stop"][0], lbar.n_samples[0]
-    assert train + stop + used <= bar.n_samples[0] + 64
-    assert min(train, stop, used) > 0
+def test_every_frame_is_estimated_from_once_and_the_other_fold_taught_its_map(result):
+    answers = {answer.method: answer for answer in result.answers}
+    lbar, plain = answers["lbar"], answers["bar"]
+    assert lbar.n_samples == plain.n_samples and answers["lfep"].n_samples == (plain.n_samples[0], 0)
+    halves = [plain.n_samples[0] // 2, plain.n_samples[1] // 2]
+    for train, stop in zip(lbar.facts["frames_to_train"], lbar.facts["frames_to_stop"], strict=True):
+        assert [sum(pair) for pair in zip(train, stop, strict=True)] == halves
+    assert "none of which it carried" in str(result)
 
 
 def test_costs_are_counted(result):
     answers = {answer.method: answer for answer in result.answers}
     assert all(answer.energy_evaluations > 1000 and answer.wall_seconds > 0 for answer in result.answers)
-    # Both use the same frames. lbar estimates from half of them, two energies each, and pays for its training.
     lbar, plain = answers["lbar"], answers["bar"]
-    assert lbar.facts["training_steps"] == 60
-    training = lbar.energy_evaluations - 2 * sum(lbar.n_samples) - (plain.energy_evaluations - 2 * sum(plain.n_samples))
-    assert training == lbar.facts["training_evaluations"] > 60 * 2 * solvation._TRAINING.batch_size
-    assert result.efficiency(answers["bar"]) == 1
+    # The same frames, and the same two energies of each; the fit of either fold looks at each frame of the other once.
+    assert lbar.facts["training_evaluations"] == sum(lbar.n_samples)
+    assert lbar.energy_evaluations == plain.energy_evaluations + sum(lbar.n_samples)
+    assert result.efficiency(plain) == 1
     assert result.best.std_error == min(answer.std_error for answer in result.answers)
 
 
-def test_no_time_to_train_is_said(monkeypatch):
-    monkeypatch.setattr(solvation, "_BATCHES", 1)
-    monkeypatch.setattr(solvation, "_TRAINING", replace(solvation._TRAINING, max_minutes=1e-6))
-    found = solvation.estimate_difference(SMALL, methods=("lbar",), max_samples=600)
-    assert found.answers[0].facts["training_steps"] == 0
+def small(name="lbar", **changes):
+    """A run of one method from a few frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvation, "_BATCHES", 1)
+        return solvation.estimate_difference(SMALL, methods=(name,), max_samples=600, **changes)
+
+
+def test_no_time_to_train_is_said():
+    found = small(map={"kind": "radial", "max_minutes": 1e-6})
+    assert found.answers[0].facts["training_steps"] == [0, 0]
     assert any("before the first step" in warning for warning in found.warnings)
 
 
@@ -169,6 +172,7 @@ def test_files_make_solutions(tmp_path):
         ({"solvent": {"count": 0}}, "solution.solvent.count: must be at least 1, got 0"),
         ({"solute": {"sigma": 1.0}}, r"solution.solute.sigma: expected two numbers, \[A, B\], got 1.0"),
         ({"solute": {"sigma": [1.0, 9.0]}}, "the solute reaches"),
+        ({"map": "field"}, "solution.map: unknown key here; it belongs in section estimate"),
         ({"trajectories": {"A": "a.dcd"}}, "solution.trajectories.B: missing"),
         ({"solvent": {"count": 1, "potential": {"cutoff": 4.0}}}, "not between 0 and half the box"),
     ],
@@ -179,10 +183,34 @@ def test_bad_solutions_are_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_maps_need_two_solutes():
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"map": "feild"}, "estimate.map.kind: unknown value 'feild'; did you mean field?"),
+        ({"map": {"kind": "field", "folds": 1}}, "estimate.map.folds: must be at least 2, got 1"),
+        ({"map": {"steps": 3}}, "estimate.map.steps: unknown key"),
+        ({"map": 3}, "estimate.map: expected a section with the keys folds, kind, max_minutes, got 3"),
+    ],
+)
+def test_bad_maps_are_one_line(wanted, message):
+    with pytest.raises(InputError, match=message) as error:
+        ff.load({**SMALL, "estimate": wanted})
+    assert "\n" not in str(error.value)
+
+
+def test_a_map_is_chosen_by_its_name_or_in_full():
+    for wanted in ("torus", {"kind": "torus", "folds": 3, "max_minutes": 1}):
+        found = ff.load({**SMALL, "estimate": {"map": wanted}})
+        assert found.plan.map.kind == "torus"
+        assert ff.load(found.config).plan == found.plan
+        assert revise_difference(found.plan, seed=4).map == found.plan.map
+
+
+def test_radial_maps_need_two_solutes():
     point = {**SMALL, "solution": {**SMALL["solution"], "solute": {"sigma": [0.0, 1.2]}}}
-    with pytest.raises(InputError, match="radial needs two solutes"):
-        solvation.estimate_difference(point, methods=("radial",))
+    for changes in ({"methods": ("radial",)}, {"methods": ("lbar",), "map": "radial"}):
+        with pytest.raises(InputError, match="needs two solutes"):
+            solvation.estimate_difference(point, **changes)
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):

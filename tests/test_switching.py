@@ -16,8 +16,20 @@ from freeflow import switching
 from freeflow.bridge import Pilot
 from freeflow.errors import InputError
 from freeflow.estimators import bar, fep, record
+from freeflow.flows.fluid import carrier, no_motion
+from freeflow.map_training import shape_for
 from freeflow.solutions import solution
-from freeflow.switching import Chains, Course, Fluid, StoppedError, Switches, course_from, even_course, packed
+from freeflow.switching import (
+    Chains,
+    Course,
+    Fluid,
+    StoppedError,
+    Switches,
+    course_from,
+    escorted_course,
+    even_course,
+    packed,
+)
 from freeflow.units import UNIT_STYLES
 
 LJ = UNIT_STYLES["lj"]
@@ -161,6 +173,40 @@ def test_staged_sampling_has_the_free_energy_of_quadrature(lonely):
     middle = exact_delta_f((0.9, 0.9 + 0.7 / 3))
     assert_agrees(staged.f_k[1], staged.raw_error[0, 1] * staged.inefficiencies.max() ** 0.5, middle)
     assert staged.std_error < 0.05
+
+
+def some_escort(problem, forgetful=False):
+    """A field of no particular merit, or the same without its log det."""
+    shape = shape_for(problem, hops=False)
+    rng = np.random.default_rng(4)
+    # Towards the corners of the box, where one atom spreads over less and less room.
+    params = {name: rng.normal(0.0, 0.03, leaf.shape) for name, leaf in no_motion(shape).items()}
+    params["waves"][0] = 0.4
+    carry = carrier(params, shape)
+    return (lambda x, span: (carry(x, span)[0], jnp.zeros(x.shape[2]))) if forgetful else carry
+
+
+@pytest.mark.parametrize("relaxation", [0, 3])
+def test_an_escort_of_no_merit_does_no_harm_and_one_without_its_log_det_does(relaxation):
+    exact = exact_delta_f((1.2, 1.4))
+    with Fluid(one_atom((1.2, 1.4)), seed=4, batch=256) as fluid:
+        courses = [escorted_course(some_escort(fluid.solution, k), 5, 0.05, relaxation) for k in (False, True)]
+        right, wrong = (bar(switched(fluid, course).work, (2.0, 2.0)) for course in courses)
+    assert courses[0].n_stages == 4 * relaxation
+    assert_agrees(float(right.delta_f), float(right.std_error), exact)
+    assert float(right.std_error) < 0.02
+    assert abs(float(wrong.delta_f) - exact) > 10 * float(wrong.std_error)
+
+
+def test_an_escorted_way_back_undoes_the_way_there(lonely):
+    """With a map and no steps, a journey is the map: what it makes of B's samples leads back to where they were."""
+    carry = some_escort(lonely.solution)
+    x = jnp.asarray(np.random.default_rng(1).uniform(1.0, 1.6, (1, 3, 256)), jnp.float32)
+    y, log_det = carry(x, 0.25)
+    back, log_det_back = carry(y, -0.25)
+    np.testing.assert_allclose(back, x, atol=2e-5)
+    np.testing.assert_allclose(log_det_back, -log_det, atol=2e-5)
+    assert float(jnp.max(jnp.abs(y - x))) > 0.01
 
 
 # --------------------------------------------------------------------------- machinery

@@ -151,7 +151,7 @@ def revise(plan: Plan, **changes: Any) -> Plan:
 
 def revise_difference(plan: DifferencePlan, **changes: Any) -> DifferencePlan:
     """The same for the plan of a difference of two states."""
-    return validate(DifferenceSection, {**vars(plan), **changes}, "", {}, ("estimate",)).plan()
+    return validate(DifferenceSection, {**plan.values(), **changes}, "", {}, ("estimate",)).plan()
 
 
 def dump(values: Mapping[str, Any]) -> str:

@@ -517,7 +517,21 @@ class SolutionSection(Section):
     trajectories: TrajectoriesSection | None = None
 
 
-Method = Literal["fep", "bar", "radial", "lfep", "lbar", "bridge", "mbar"]
+Method = Literal["fep", "bar", "radial", "lfep", "lbar", "bridge", "escort", "mbar"]
+
+
+def _kind_alone(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class MapSection(Section):
+    """The map that lfep and lbar learn; its kind alone will do."""
+
+    kind: Literal["field", "radial", "torus"] = "field"
+    folds: int = Field(default=2, ge=2, le=20, description="parts of the frames; the others teach the map of each")
+    max_minutes: float | None = Field(
+        default=None, ge=0, le=10**6, description="of training on work; by default 0 for a field and 2 for the others"
+    )
 
 
 class DifferenceSection(Section):
@@ -527,13 +541,14 @@ class DifferenceSection(Section):
     target_error: float = Field(default=0.05, gt=0, description="one standard error [kT]")
     max_samples: int = Field(default=100_000, ge=2, le=10**10, description="of each state")
     max_minutes: float | None = Field(default=None, gt=0, le=10**6)
+    map: Annotated[MapSection, BeforeValidator(_kind_alone)] = MapSection()
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
     def plan(self, folder: Path = Path()) -> DifferencePlan:
         """The same as the record that the job takes."""
-        from freeflow.types import DifferencePlan
+        from freeflow.types import DifferencePlan, LearnedMap
 
-        return DifferencePlan(**self.model_dump())
+        return DifferencePlan(**{**self.model_dump(), "map": LearnedMap(**self.map.model_dump())})
 
 
 class PublishedDifferenceSection(Section):
@@ -580,6 +595,7 @@ SOLUTION_SECTIONS: dict[tuple[str, ...], type[Section]] = {
     ("solution", "solute"): SoluteSection,
     ("solution", "trajectories"): TrajectoriesSection,
     ("estimate",): DifferenceSection,
+    ("estimate", "map"): MapSection,
     ("published",): PublishedDifferenceSection,
 }
 POTENTIALS: dict[str, type[PotentialSection]] = {

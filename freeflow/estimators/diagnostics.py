@@ -22,6 +22,7 @@ MAX_WEIGHT_SHARE = 0.1
 MAX_Z = 4.0
 MAX_ERROR_RATIO = 1.5
 MIN_OVERLAP = 0.03
+_BOUNDED = 0.5  # overlap from which on a Fermi function is at most about four times its mean
 _PARETO_PRIOR = 10  # pseudo-observations at k = 1/2
 _CHUNK = 1 << 22  # random numbers in memory at a time
 
@@ -299,7 +300,8 @@ def reliability(diagnostics: Diagnostics, estimate: Estimate) -> tuple[str, ...]
 
     - NaN or minus infinity among the work values, or no finite answer or error bar;
     - fewer effective samples than n / 20, but at least 10 and at most 50 are asked for; or than n / 100;
-    - a heavy tail: Pareto k above 0.5 + 6.4 / sqrt(n), or Hill's k above 0.6 + 60 / n;
+    - a heavy tail: Pareto k above 0.5 + 6.4 / sqrt(n), or Hill's k above 0.6 + 60 / n; not with BAR where the states
+      overlap by half or more, since its weights have an upper bound that is near then;
     - one sample with more than 0.1 + 45 / n of the weight;
     - halves, or directions, that differ by more than 4 standard errors;
     - analytic and bootstrap error bars that differ by a factor of more than 1.5;
@@ -314,7 +316,8 @@ def reliability(diagnostics: Diagnostics, estimate: Estimate) -> tuple[str, ...]
     n = d.effective_samples / d.ess_fraction
     if d.effective_samples < max(10.0, min(MIN_EFFECTIVE_SAMPLES, n / 20)) or d.ess_fraction < MIN_ESS_FRACTION:
         reasons.append(f"only {d.effective_samples:.1f} effective samples: the answer may be biased")
-    if _heavy_tail(d.pareto_k, d.hill_k, n):
+    near_bound = d.estimator == "bar" and d.overlap is not None and d.overlap >= _BOUNDED
+    if not near_bound and _heavy_tail(d.pareto_k, d.hill_k, n):
         shapes = f"Pareto k {d.pareto_k:.2f}, Hill k {d.hill_k:.2f}"
         reasons.append(f"the weights have a heavy tail ({shapes}): the error bar may be too small")
     if d.largest_weight_share > MAX_WEIGHT_SHARE + 45 / n:

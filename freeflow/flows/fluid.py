@@ -388,6 +388,21 @@ def fluid_map(shape: FieldShape, steps: int = 3, span: float = 1.0, dtype: str =
     return Bijector(init, along(span), along(-span))
 
 
+def carrier(params: Params, shape: FieldShape, dtype: str = "float32") -> Callable[[Array, Any], tuple[Array, Array]]:
+    """What takes batches (n, 3, batch) along while lambda changes by a small span: positions and log dets (batch,).
+
+    One step of the integration, so that a span and the same span back undo each other to fifth order.
+    """
+    cast = {name: jnp.asarray(leaf, dtype) for name, leaf in params.items()}
+
+    def carry(x: Array, span: Any) -> tuple[Array, Array]:
+        near = jnp.swapaxes(x - shape.box_length * jnp.round(x / shape.box_length), 0, 1).astype(dtype)
+        moved, log_det = journey(cast, near, shape, span, 1)
+        return x + jnp.swapaxes(moved, 0, 1).astype(x.dtype), log_det
+
+    return carry
+
+
 # ------------------------------------------------------------------------------ the best field
 
 
