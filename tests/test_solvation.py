@@ -189,7 +189,7 @@ def test_bad_solutions_are_one_line(change, message):
         ({"map": "feild"}, "estimate.map.kind: unknown value 'feild'; did you mean field?"),
         ({"map": {"kind": "field", "folds": 1}}, "estimate.map.folds: must be at least 2, got 1"),
         ({"map": {"steps": 3}}, "estimate.map.steps: unknown key"),
-        ({"map": 3}, "estimate.map: expected a section with the keys folds, kind, max_minutes, got 3"),
+        ({"map": 3}, "estimate.map: expected a section with the keys kind, folds, max_minutes, got 3"),
     ],
 )
 def test_bad_maps_are_one_line(wanted, message):
