@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from freeflow.estimators import diagnose, effective_sample_size, fep, record, reliability
 from freeflow.observables import (
@@ -390,7 +390,7 @@ def _free_energies(result: Result, alone: Average) -> tuple[str, str, str, str, 
         z, times = (float(alone.mean) - result.beta_f_per_atom) / error if error > 0 else math.nan, 1
     else:
         z, times = result.hysteresis_z, 2  # the largest of up to three, one of which follows from the others
-    p = min(1.0, times * 2 * float(norm.sf(abs(z)))) if not math.isnan(z) else math.nan
+    p = min(1.0, times * 2 * float(ndtr(-abs(z)))) if not math.isnan(z) else math.nan
     both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
     said = "not estimable" if math.isnan(z) else f"z = {z:+.1f}"
     return "beta F / N: FEP against BAR", f"{_text(alone)} kT", f"{both} kT", said, Test(z, p)

@@ -22,7 +22,7 @@ from freeflow.geometry import (
     neighbour_table,
     smith_form,
 )
-from freeflow.potentials import Potential, bind, lattice_energy
+from freeflow.potentials import Potential, atomic_energies_at_rest, bind
 from freeflow.symmetries import crystal_operations, primitive_cell
 from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState
 from freeflow.units import UnitStyle
@@ -198,14 +198,13 @@ def crystal_system(
             "repeat the cell more often, or set potential.nearest_image_only: true to see each pair once"
         )
     else:
-        table = neighbour_table(crystal, 1.0001 * potential.cutoff)
+        # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
+        table = neighbour_table(crystal, potential.cutoff + nearest_neighbour_distance(crystal))
     beta = 1.0 / (units.boltzmann * temperature)
-    energy_of_lattice = lattice_energy(potential, table)
+    at_rest = atomic_energies_at_rest(potential, table)
+    energy_of_lattice = float(at_rest.sum())
     if not math.isfinite(energy_of_lattice):
         raise InputError("potential: the energy of the perfect lattice is not a finite number; check density and units")
-    spacing = nearest_neighbour_distance(crystal)
-    # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
-    wide = table if nearest_image_only else neighbour_table(crystal, potential.cutoff + spacing)
     n = crystal.n_atoms
     constants = {
         "lattice energy": beta * energy_of_lattice,
@@ -214,7 +213,9 @@ def crystal_system(
     }
     return System(
         name=name,
-        target=target_ensemble(potential, wide, reach=0.5 * spacing),
+        target=target_ensemble(
+            potential, table, reach=0.5 * nearest_neighbour_distance(crystal), at_rest=at_rest
+        ),
         state=ThermodynamicState(np.float64(beta), np.float64(0.0)),
         constants=constants,
         units=units,
@@ -230,7 +231,11 @@ def crystal_system(
 
 
 def target_ensemble(
-    potential: Potential, table: NeighbourTable, dtype: str = "float64", reach: float | None = None
+    potential: Potential,
+    table: NeighbourTable,
+    dtype: str = "float64",
+    reach: float | None = None,
+    at_rest: np.ndarray | None = None,
 ) -> Ensemble:
     """exp(-beta (U - U(lattice))) of displacements.
 
@@ -242,8 +247,9 @@ def target_ensemble(
             [length]. Half the nearest-neighbour distance bounds the labelled crystal: an atom that
             far has left its site. A table that holds all pairs up to the cutoff plus twice the
             reach misses no pair inside.
+        at_rest: Energies of the atoms in the perfect lattice (n_atoms,) [energy], if they are known already.
     """
-    energy = bind(potential, table, dtype)
+    energy = bind(potential, table, dtype, at_rest)
 
     def reduced_potential(u: Array, state: ThermodynamicState) -> Array:
         value = state.beta * energy(u)

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from freeflow.errors import FreeflowError, InputError
@@ -398,6 +397,8 @@ def _compiled(
     params: Any,
 ) -> _Machine:
     """Training as two compiled functions with the frames put in."""
+    import optax
+
     optimiser = optax.scale_by_adam()
     key_init, key_step = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _STREAM))
     works = [one for one, _ in sides]

@@ -1,4 +1,4 @@
-"""Haiku networks as (init, apply); the one place that imports Haiku.
+"""Haiku networks as (init, apply); the one place that imports Haiku, and not before a network is made.
 
 Every network takes the arrays of one configuration and follows their dtype: parameters are made in
 the inputs' dtype, and parameters cast to float64 evaluate in float64. The last layer starts at
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +19,15 @@ from freeflow.types import Network
 
 
 def _network(body: Callable[..., Array]) -> Network:
+    import haiku as hk
+
     transformed = hk.without_apply_rng(hk.transform(body))
     return Network(transformed.init, transformed.apply)
 
 
-def _zero_linear(out_size: int) -> hk.Linear:
+def _zero_linear(out_size: int) -> Callable[[Array], Array]:
+    import haiku as hk
+
     return hk.Linear(out_size, w_init=jnp.zeros, name="out")
 
 
@@ -49,6 +52,8 @@ def mlp(width: int, depth: int, out_size: int) -> Network:
 
 
 def _hidden(h: Array, width: int, depth: int) -> Array:
+    import haiku as hk
+
     return hk.nets.MLP([width] * depth, activation=jax.nn.silu, activate_final=True, name="hidden")(h) if depth else h
 
 
@@ -83,6 +88,8 @@ def transformer(n_blocks: int, width: int, n_heads: int, out_shape: Sequence[int
 
     References: Wirnsberger et al., Mach. Learn.: Sci. Technol. 3, 025009 (2022), section 3.2.
     """
+    import haiku as hk
+
     if width % n_heads:
         raise ValueError(f"width must be a multiple of the {n_heads} heads, got {width}")
     # Each residual branch adds to the stream; this keeps its variance bounded at initialisation.

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import kolmogorov, ndtri
-from scipy.stats import t as student_t
+from scipy.special import kolmogorov, ndtri, stdtr
 
 from freeflow.errors import InputError
 from freeflow.estimators import effective_sample_size
@@ -170,7 +169,7 @@ def _welch(a: Average, of_a: np.ndarray, b: Average, of_b: np.ndarray) -> tuple[
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (np.asarray(a.mean) - np.asarray(b.mean)) / np.sqrt(var_a + var_b)
         degrees = (var_a + var_b) ** 2 / (var_a**2 / of_a + var_b**2 / of_b)
-        return np.asarray(z), np.asarray(2 * student_t.sf(np.abs(z), degrees))
+        return np.asarray(z), np.asarray(2 * stdtr(degrees, -np.abs(z)))
 
 
 def kolmogorov_smirnov(
@@ -201,7 +200,7 @@ def kolmogorov_smirnov(
     # The effective sizes are estimates themselves: tails are those of Student's t rather than the normal's.
     of_x, of_y = (max(1.0, n * _SHARE) for n in (n_x, n_y))
     degrees = (1 / n_x + 1 / n_y) ** 2 / (n_x**-2 / of_x + n_y**-2 / of_y)
-    return Test(statistic, float(2 * student_t.sf(-ndtri(p / 2), degrees)))
+    return Test(statistic, float(2 * stdtr(degrees, ndtri(p / 2))))
 
 
 # --------------------------------------------------------------------------- histograms

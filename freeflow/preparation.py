@@ -258,6 +258,7 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None) -> 
             like = learned.flow.gaussian
         if plan.bridge is not None or (learned is None and plan.reference != "harmonic"):
             sampler.compile("forward", like)
+        sampler.compile("launch", like)
         sampler.compile("exact", like)
         if plan.estimator == "bar" and plan.bridge is not None:
             sampler.compile("reverse", like)

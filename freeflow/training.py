@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -226,6 +225,8 @@ def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int
     if plan.loss not in LOSSES:
         raise InputError(f"training.loss: no loss {plan.loss!r}; use one of {', '.join(LOSSES)}")
     loss = LOSSES[plan.loss](flow)
+    import optax
+
     optimiser = optax.scale_by_adam()
     root = jax.random.fold_in(jax.random.key(seed), _STREAM)
     key_init, key_step, key_evaluation = (jax.random.fold_in(root, stream) for stream in range(3))

@@ -20,6 +20,8 @@ from freeflow.types import Configuration, Ensemble, Key, ThermodynamicState, Tra
 
 R = TypeVar("R")
 _PILOT_SAMPLES = 128  # at least
+# For code that takes little of a run's time: fewer optimisations, half the compilation.
+_COMPILED_FAST: dict[str, Any] = {"xla_backend_optimization_level": 1}
 OnSegment = Callable[[int], None]  # told the energy evaluations of every piece of the way
 
 
@@ -85,7 +87,7 @@ class BridgeSampler:
 
     Sample i of batch b depends on (seed, b, i) only: the number of cores changes nothing. What is
     compiled serves every fit and every schedule, and is compiled in the background on demand:
-    "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the switch
+    "launch" draws from the reference, "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the switch
     from the bridge's kernel to the exact target, "displacements" tells where walkers are, and "whiten" puts given
     displacements onto the bridge.
     """
@@ -109,18 +111,22 @@ class BridgeSampler:
         self._compiled: dict[str, Future[Any]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._launch = jax.jit(jax.vmap(bridge.launch))
         self._launch_dtype = jax.eval_shape(bridge.launch, jax.random.key(0)).z.dtype
 
-    def compile(self, name: str, like: Gaussian) -> Future[Any]:
-        """Begin to compile a piece for parameters shaped like `like`, unless that has begun already."""
+    def compile(self, name: str, like: Gaussian | None) -> Future[Any]:
+        """Begin to compile a piece for parameters shaped like `like`, unless that has begun already.
+
+        "launch" knows its shapes without.
+        """
         with self._lock:
             if name not in self._compiled:
                 self._compiled[name] = self._compilers.submit(_in_this_thread, self._lower, name, like)
             return self._compiled[name]
 
-    def _lower(self, name: str, like: Gaussian) -> Any:
+    def _lower(self, name: str, like: Gaussian | None) -> Any:
         keys = self.keys(0)
+        if name == "launch":
+            return jax.jit(jax.vmap(self.bridge.launch)).lower(keys).compile(_COMPILED_FAST)
         walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)
         if name == "exact":
             piece = jax.jit(jax.vmap(self._exact, (None, 0))).lower(like, walker)
@@ -183,9 +189,13 @@ class BridgeSampler:
         with self._lock:
             self.energy_evaluations[purpose] += self.batch * stages
 
+    def launch(self, keys: Array) -> Walker:
+        """Samples of the reference that know no energy yet."""
+        return self.compile("launch", None).result()(keys)
+
     def launched(self, gaussian: Gaussian, keys: Array, purpose: str) -> Walker:
         """Samples of the reference, with energy and gradient."""
-        return self.move("forward", gaussian, keys, self._launch(keys), bridges.fetch_segment(), purpose)
+        return self.move("forward", gaussian, keys, self.launch(keys), bridges.fetch_segment(), purpose)
 
     def evaluate(self, gaussian: Gaussian, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Target's reduced potential (n,) and its gradient (n, n_atoms, 3) with respect to white z.
@@ -195,7 +205,7 @@ class BridgeSampler:
         keys = self.keys(0)
 
         def one(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            walker = self._launch(keys)._replace(z=jax.numpy.asarray(part, self._launch_dtype))
+            walker = self.launch(keys)._replace(z=jax.numpy.asarray(part, self._launch_dtype))
             walker = self.move("forward", gaussian, keys, walker, bridges.fetch_segment(), "reference")
             return np.asarray(walker.u_b), np.asarray(walker.gradient, np.float64)
 
@@ -225,7 +235,7 @@ class BridgeSampler:
         gaussian, keys = params.gaussian, self.keys(index)
         see = (lambda _: None) if observe is None else lambda walker: observe(self.displacements(gaussian, walker))
         if not len(params.schedule.counts):
-            walker = self._launch(keys)
+            walker = self.launch(keys)
             work, nothing = self._switched(gaussian, walker), np.empty(0)
             return Crossing(work, nothing, nothing.astype(int), np.zeros(self.batch), 1.0, see(walker))
         walker = self.launched(gaussian, keys, "sampling")
@@ -267,7 +277,7 @@ class BridgeSampler:
         # The last batch is filled up with its last frame: one shape compiles once.
         whole = np.concatenate([frames, np.broadcast_to(frames[-1], (self.batch - n, *frames.shape[1:]))])
         z = self.compile("whiten", gaussian).result()(gaussian, np.asarray(whole, np.float64))
-        walker = self._launch(keys)._replace(z=z)
+        walker = self.launch(keys)._replace(z=z)
         if not len(params.schedule.counts):
             # Displacements that the reference never gives, beyond where it ends, have infinite u_A.
             work = -self._switched(gaussian, walker)

@@ -19,6 +19,24 @@ def test_importing_freeflow_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        # Help, lists and bad input appear at once.
+        ("from freeflow.cli import main", {"jax", "numpy", "scipy", "ase", "rich", "spglib"}),
+        # The road to an estimate loads what every estimate needs.
+        (
+            "import freeflow.pipeline",
+            {"scipy.stats", "scipy.optimize", "haiku", "optax", "ase", "mdtraj", "matplotlib", "pandas", "spglib"},
+        ),
+    ],
+)
+def test_heavy_modules_are_imported_where_they_are_used(statement, unwanted):
+    code = f"import sys; {statement}; print(sorted({unwanted!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_importing_every_module_leaves_the_flags_of_jax_alone():
     code = (
         "import jax; before = dict(jax.config.values); import freeflow; "

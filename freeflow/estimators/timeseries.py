@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
 
 from freeflow.estimators.two_state import Samples, samples_of
 
@@ -30,6 +29,8 @@ def statistical_inefficiency(series: Samples) -> float:
 
     References: Chodera, Swope, Pitera, Seok and Dill, J. Chem. Theory Comput. 3, 26 (2007).
     """
+    from scipy.fft import irfft, next_fast_len, rfft
+
     x = np.asarray(samples_of(series, "series"))
     n = x.size
     if n < 3 or np.ptp(x) == 0:
@@ -50,6 +51,8 @@ def chain_correlation(series: np.ndarray) -> tuple[np.ndarray, float]:
     Deviations are from the mean of all chains, so that a short series does not mistake its own mean for
     the ensemble's. g = 1 + 2 sum_t C(t) up to the first crossing of zero.
     """
+    from scipy.fft import irfft, next_fast_len, rfft
+
     x = np.asarray(series, np.float64) - np.mean(series)
     n = len(x)
     padded = next_fast_len(2 * n, real=True)

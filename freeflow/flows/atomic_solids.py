@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.optimize import minimize_scalar
 from scipy.special import erf
 
 from freeflow.bijectors import axis_coupling, chain, circular_spline, compose, repeat, shift
@@ -315,6 +314,8 @@ def einstein_width(system: System, n_samples: int = 256, seed: int = 0) -> float
     Atom 0 rests, the others have the same width s; the bound is <u> - 3 (n_atoms - 1) ln s up to a
     constant. Samples are the same for every s, so that the bound is a smooth function.
     """
+    from scipy.optimize import minimize_scalar
+
     crystal, target = system.crystal, training_ensemble(system)
     half = np.random.default_rng(seed).standard_normal((n_samples // 2, crystal.n_atoms, 3))
     half[:, 0] = 0.0

@@ -7,6 +7,7 @@ vmap to the kernel, and a custom derivative uses the kernel's own gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -235,7 +236,9 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
 EnergyAndGradient = Callable[[Float[Array, "n 3"]], tuple[Float[Array, ""], Float[Array, "n 3"]]]
 
 
-def energy_and_gradient(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> EnergyAndGradient:
+def energy_and_gradient(
+    potential: Potential, table: NeighbourTable, dtype: str = "float64", at_rest: np.ndarray | None = None
+) -> EnergyAndGradient:
     """U(u) - U(0) and its gradient of one set of displacements; vmap reaches the batched kernel.
 
     Args:
@@ -243,16 +246,17 @@ def energy_and_gradient(potential: Potential, table: NeighbourTable, dtype: str 
         table: Neighbours; pairs outside it are not seen.
         dtype: Precision of the kernel. Atomic energies are relative to the lattice's and summed in
             the widest precision that JAX has switched on.
+        at_rest: Energies of the atoms in the perfect lattice (n_atoms,) [energy], if they are known already.
 
     Returns:
         A function of displacements (n_atoms, 3) [length] that returns an energy [energy] and a
         gradient (n_atoms, 3) [energy/length].
     """
-    at_rest = _atomic_energies_at_rest(potential, table)
+    rest = atomic_energies_at_rest(potential, table) if at_rest is None else at_rest
 
     def batched(u: Float[Array, "n 3 batch"]) -> tuple[Array, Array]:
         atomic, gradient = _kernel(potential, table, dtype)(u.astype(dtype))
-        relative = atomic - np.asarray(at_rest, dtype)[:, None]
+        relative = atomic - np.asarray(rest, dtype)[:, None]
         # Inside double_precision this is float64, outside it is what JAX allows.
         total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
         return total, gradient.astype(u.dtype)
@@ -270,12 +274,14 @@ def energy_and_gradient(potential: Potential, table: NeighbourTable, dtype: str 
     return one
 
 
-def bind(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> Callable[[Array], Array]:
+def bind(
+    potential: Potential, table: NeighbourTable, dtype: str = "float64", at_rest: np.ndarray | None = None
+) -> Callable[[Array], Array]:
     """Energy of one set of displacements relative to the lattice; differentiable once.
 
     See `energy_and_gradient` for the arguments.
     """
-    evaluate = energy_and_gradient(potential, table, dtype)
+    evaluate = energy_and_gradient(potential, table, dtype, at_rest)
 
     @jax.custom_vjp
     def energy(u):
@@ -291,18 +297,25 @@ def bind(potential: Potential, table: NeighbourTable, dtype: str = "float64") ->
     return energy
 
 
+# For code that runs once: it is compiled without optimisation, which takes half the time.
+_RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
 @in_double_precision
-def _atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> np.ndarray:
-    """Energy (n_atoms,) that the kernel books on every atom of the perfect lattice."""
+def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Float[np.ndarray, " n_atoms"]:
+    """Energy that the kernel books on every atom of the perfect lattice [energy].
+
+    It is the same for every table that holds all pairs within the cutoff.
+    """
     with jax.ensure_compile_time_eval():
         rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
         kernel = _kernel(potential, table, "float64")
-        return np.asarray(jax.jit(lambda u: kernel(u)[0])(rest))[:, 0]  # compiles no forces
+        return np.asarray(jax.jit(lambda u: kernel(u)[0], compiler_options=_RUN_ONCE)(rest))[:, 0]  # compiles no forces
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
     """Energy of the perfect lattice [energy], in float64."""
-    return float(_atomic_energies_at_rest(potential, table).sum())
+    return float(atomic_energies_at_rest(potential, table).sum())
 
 
 @in_double_precision
@@ -319,7 +332,7 @@ def force_constants(
     for column, atom in enumerate(np.repeat(atoms, 3)):
         directions[atom, column % 3, column] = 1.0
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=_RUN_ONCE)
     def columns(tangent):
         rest = jnp.zeros_like(tangent)
         return jax.jvp(lambda u: kernel(u)[1], (rest,), (tangent,))[1]

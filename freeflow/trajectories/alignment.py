@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from scipy.spatial import KDTree
 
 from freeflow.errors import InputError
@@ -189,6 +188,8 @@ class _Sites:
 
     def assign(self, x: np.ndarray) -> np.ndarray:
         """Order of the atoms that makes the sum of squared displacements least (Hungarian algorithm)."""
+        from scipy.optimize import linear_sum_assignment
+
         cost = np.empty((len(x), len(x)))
         for rows in np.array_split(np.arange(len(x)), -(-len(x) // 256)):
             cost[rows] = np.sum(self.nearest_image(x[rows, None] - self.crystal.sites[None]) ** 2, axis=2)
