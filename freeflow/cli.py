@@ -150,11 +150,18 @@ Examples:
     "--methods", metavar="LIST", help="Of a solution: fep, bar, radial, lfep, lbar, bridge, escort, mbar; by commas."
 )
 @click.option("--max-minutes", type=float, help="Of a solution: stop after this long in any case.")
+@click.option(
+    "--distributed",
+    metavar="WHERE",
+    envvar="FREEFLOW_DISTRIBUTED",
+    help="One of several processes: auto under a launcher, or HOST:PORT,N,I.",
+)
 @_OUTPUT
 def estimate(
     system: str,
     report: str | None,
     u_nk: str | None,
+    distributed: str | None,
     json_path: str | None,
     quiet: bool,
     cache: bool | None,
@@ -166,12 +173,19 @@ def estimate(
     until the standard error reaches its target [kT per atom of a crystal, kT of a solution]. The options replace
     what the file says under `estimate`. Compiled kernels are kept in the user's cache folder; FREEFLOW_CACHE=DIR
     moves them, FREEFLOW_CACHE=off keeps none.
+
+    Samples of a crystal are drawn on all cores, or on all GPUs, of this machine. With --distributed, or
+    FREEFLOW_DISTRIBUTED, processes on several machines share them: the same command on each, with the address of
+    the first process, how many there are and which one it is. The result does not depend on how many there are; the
+    first one prints and writes it.
     """
     _require_places(system, json=json_path, report=report, u_nk=u_nk)
+    speaks = distributed is None or _joined(distributed)
     problem = config.load(system)
     from freeflow.solutions import Solution
 
     if isinstance(problem, Solution):
+        _refuse(problem, {"distributed": distributed}, ("distributed",), "a solution")
         return _estimate_difference(problem, {**options, "report": report, "u_nk": u_nk}, json_path, quiet, cache)
     _refuse(problem, options, ("methods", "max_minutes"), "a crystal")
     plan = _revise(problem, _with_trajectory(options, problem.plan.trajectory))
@@ -179,8 +193,10 @@ def estimate(
     from freeflow import pipeline, preparation
 
     preparation.enable_compilation_cache(_cache_folder(cache, quiet))
-    with _progress(quiet) as tell:
+    with _progress(quiet or not speaks) as tell:
         result = pipeline.estimate(problem, plan, tell, radial_distribution=report is not None)
+    if not speaks:
+        return result.exit_status
     if u_nk is not None:
         result.write_u_nk(u_nk)
     if report is not None:
@@ -434,6 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return _complain(f"internal error, please report it (FREEFLOW_DEBUG=1 shows where): {what}", 1)
+
+
+def _joined(where: str) -> bool:
+    """Whether this process is the first of its team, which speaks for all."""
+    from freeflow import team
+
+    team.join(where)
+    return team.is_first()
 
 
 def _estimate_difference(

@@ -213,9 +213,7 @@ def crystal_system(
     }
     return System(
         name=name,
-        target=target_ensemble(
-            potential, table, reach=0.5 * nearest_neighbour_distance(crystal), at_rest=at_rest
-        ),
+        target=target_ensemble(potential, table, reach=0.5 * nearest_neighbour_distance(crystal), at_rest=at_rest),
         state=ThermodynamicState(np.float64(beta), np.float64(0.0)),
         constants=constants,
         units=units,

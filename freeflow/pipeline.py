@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from freeflow import observables
+from freeflow import memory, observables, team
 from freeflow.bridge import BridgeParams, Schedule
 from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
@@ -130,15 +131,24 @@ def carried_out(
         flow = learned_flow(system, plan, report, taught)
         if flow is not None:
             clock.lap("flow")
-        with prepared(system, plan, flow) as run:
-            fit = fit_reference(run, report)
-            clock.lap("reference")
-            crossing = tune(run, fit.gaussian, report)
-            clock.lap("tuning")
-            back = None if frames is None else _carry_back(run, fit.gaussian, crossing, frames, report)
-            samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
-            clock.lap("sampling")
-            return _result(run, fit, samples, frames, clock)
+        batch = None
+        while True:
+            with prepared(system, plan, flow, batch) as run:
+                try:
+                    fit = fit_reference(run, report)
+                    clock.lap("reference")
+                    crossing = tune(run, fit.gaussian, report)
+                    clock.lap("tuning")
+                    back = None if frames is None else _carry_back(run, fit.gaussian, crossing, frames, report)
+                    samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
+                    clock.lap("sampling")
+                    return _result(run, fit, samples, frames, clock)
+                except Exception as error:
+                    batch = run.sampler.batch // 2
+                    # A process of a team cannot take another way than the others.
+                    if not memory.ran_out(error) or batch == 0 or team.size() > 1:
+                        raise
+            report(Progress("reference", None, f"memory ran out; once more with {batch} samples at a time"))
 
 
 # ------------------------------------------------------------------------- sampling
@@ -223,7 +233,7 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
     except KeyboardInterrupt:
         run.sampler.stop()
         raise
-    work = np.concatenate(completed(jobs, wait_for_all=True))
+    work = np.concatenate(team.gathered(completed(jobs, wait_for_all=True)))
     finite = work[np.isfinite(work)]
     return Frames(work, max(inefficiency, statistical_inefficiency(finite) if len(finite) else 1.0))
 
@@ -283,7 +293,7 @@ def _draw(
             if any(job.done() and job.exception() for job in jobs):
                 break
             told.tick()
-        arrived = completed(jobs)
+        arrived = team.gathered(completed(jobs))
         jobs.clear()
         samples.crossings += arrived
         surplus = len(samples.forward) - limit
@@ -378,7 +388,7 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
             f"target error {plan.target_error:g} per atom not reached with {len(work.forward)} samples "
             f"(max_samples {plan.max_samples}); {more}"
         )
-    spent = run.sampler.energy_evaluations
+    spent = sum(team.gathered([run.sampler.energy_evaluations]), Counter())
     purposes = (*(("training",) if run.flow is not None else ()), "reference", "tuning", "sampling", "checks")
     return Result(
         system=system,

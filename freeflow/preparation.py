@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from freeflow import bridge as bridges
-from freeflow import checkpoints, references, training
+from freeflow import checkpoints, memory, references, team, training
 from freeflow.bridge import BridgeParams, Pilot, Schedule
 from freeflow.crystals import target_ensemble
 from freeflow.errors import InputError
@@ -26,7 +26,7 @@ from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import format_with_error
 from freeflow.trajectories import Equilibrium, equilibrium, frame_series
 from freeflow.types import Configuration, Ensemble, Params, Plan, System, ThermodynamicState, TrajectoryPlan
-from freeflow.work import PLAIN, BridgeSampler, Coordinates, completed
+from freeflow.work import PLAIN, BridgeSampler, Coordinates, completed, n_workers
 
 # The kernel that crosses the bridge sees pairs up to the cutoff plus so many standard deviations
 # of a distance. What it misses is put right exactly when a sample arrives.
@@ -35,9 +35,10 @@ _SKIN = 3.0
 # from a few hundred samples are sound up to about 1, and little is gained below the lower bound.
 _WORK_VARIANCE = (0.08, 1.0)
 # Fewest samples. Small crystals are cheap, and their work tends to be skewed: with 256 samples the error
-# bars of mw_cubic_8 were 15 % too small, see tests/test_calibration.py.
-_MIN_SAMPLES, _MIN_SAMPLES_SMALL = 160, 1024
-_SAMPLES_TIMES_ATOMS = 2**16
+# bars of mw_cubic_8 were 15 % too small, see tests/test_calibration.py. The work of a crystal of thousands of
+# atoms is a sum over regions that hardly know of each other, and as good as Gaussian.
+_MIN_SAMPLES_LARGE, _MIN_SAMPLES, _MIN_SAMPLES_SMALL = 64, 160, 1024
+_SAMPLES_TIMES_ATOMS, _SAMPLES_TIMES_ATOMS_LARGE = 2**16, 2**19
 _FEWEST_STAGES = 32
 _TRIAL_SAMPLES = 512  # of a flow; a bridge follows unless their work varies by less than this [kT^2]
 _WORK_VARIANCE_DIRECT = 1.5
@@ -45,6 +46,8 @@ _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow cross
 _SECOND_PILOT = (96, 1_000)  # stages, at least and at most
 _MAX_STAGES = 50_000
 _MELTED = 0.1  # share of trial samples with an atom off its site at which a run is cut short
+# Memory that a sample on its way takes for every atom in float32, compiled kernels measured: up to 300.
+_BYTES_PER_ATOM = 400
 _BLUR = 0.02  # rounding error of the whole crystal's energy that float32 kernels may have [kT]
 
 
@@ -170,7 +173,7 @@ def learned_flow(system: System, plan: Plan, report: Report, frames: Equilibrium
     samples = None if frames is None else training.frames_of(flow, frames.frames(len(frames.series.kept))[0])
     watch = lambda now: report(training_progress(now))  # noqa: E731
     session = training.train_flow(flow, system, settings, plan.seed, watch, samples)
-    spent["training"] = training.energy_evaluations(session, settings)
+    spent["training"] = training.energy_evaluations(session, settings) if team.is_first() else 0
     return LearnedFlow(flow, session.state.average, spent)
 
 
@@ -212,8 +215,15 @@ class Run:
 
 
 @contextmanager
-def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None) -> Iterator[Run]:
-    """Tables, kernels and compiled pieces for a system; threads end with the context."""
+def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, batch: int | None = None) -> Iterator[Run]:
+    """Tables, kernels and compiled pieces for a system; threads end with the context.
+
+    Args:
+        system: The system.
+        plan: What they are for.
+        learned: A flow that the target is seen through.
+        batch: Samples that move together; as many as are good, and fit into the memory, by default.
+    """
     crystal, potential, beta = system.crystal, system.potential, float(system.state.beta)
     recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
 
@@ -247,21 +257,24 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None) -> 
     precision = _precision(system, plan, run_warnings)
     cheap = target_ensemble(potential, near, precision)
     transport = bridges.bridge(recipe, seen(cheap), precision)
-    batch = batch_size(potential, crystal.n_atoms)
+    good = batch_size(potential, crystal.n_atoms)
+    batch = batch or fitting_batch(potential, crystal.n_atoms, precision)
+    if batch < good:
+        run_warnings.append(
+            f"memory is short: {batch} samples at a time instead of {good}, which also draws other random numbers"
+        )
     coordinates = PLAIN if learned is None else _through(learned, system.state)
     sampler = BridgeSampler(recipe, transport, seen(system.target), system.state, batch, plan.seed, coordinates)
-    sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
+    if team.is_first():  # every process does this for itself
+        sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
     try:
         if learned is None:
             like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
         else:
             like = learned.flow.gaussian
-        if plan.bridge is not None or (learned is None and plan.reference != "harmonic"):
-            sampler.compile("forward", like)
-        sampler.compile("launch", like)
-        sampler.compile("exact", like)
-        if plan.estimator == "bar" and plan.bridge is not None:
-            sampler.compile("reverse", like)
+        moves = plan.bridge is not None or (learned is None and plan.reference != "harmonic")
+        returns = plan.estimator == "bar" and plan.bridge is not None
+        sampler.prepare([*["forward"] * moves, "launch", "exact", *["reverse"] * returns], like)
         yield Run(system, plan, recipe, sampler, blocks, learned, run_warnings)
     finally:
         sampler.close()
@@ -299,8 +312,21 @@ def batch_size(potential: Potential, n_atoms: int) -> int:
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
     if potential.weight is None:
-        return 64  # pair kernels go through tiles of atoms, whatever their number
+        # Pair kernels go through tiles of atoms, whatever their number.
+        return int(np.clip(2 ** round(math.log2(2**19 / n_atoms)), 16, 64))
     return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
+
+
+def fitting_batch(potential: Potential, n_atoms: int, precision: str) -> int:
+    """`batch_size`, or less where half of the free memory does not hold as much on every core or device."""
+    wanted, free = batch_size(potential, n_atoms), memory.free_memory()
+    if free is None:
+        return wanted
+    each = n_atoms * _BYTES_PER_ATOM * (2 if precision == "float64" else 1)
+    # Cores of a machine share its memory, GPUs have their own.
+    places = n_workers() if jax.default_backend() == "cpu" else 1
+    room = free // (2 * places * each)
+    return wanted if room >= wanted else 2 ** int(math.log2(max(room, 1)))
 
 
 def fit_reference(run: Run, report: Report) -> Fit:
@@ -324,9 +350,14 @@ def fit_reference(run: Run, report: Report) -> Fit:
         run.sampler.evaluate,
         plan.seed,
         isotropic=plan.reference == "einstein",
-        n_samples=max(256, 2 * run.sampler.batch),
+        n_samples=run.sampler.batch * max(2, _fit_samples(crystal.n_atoms) // run.sampler.batch),
         progress=tell,
     )
+
+
+def _fit_samples(n_atoms: int) -> int:
+    """Samples per iteration of the reference's fit: averages run over the crystal's translations, too."""
+    return int(np.clip(2 ** round(math.log2(2**21 / n_atoms)), 16, 256))
 
 
 class Crossings(NamedTuple):
@@ -382,7 +413,7 @@ def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
     none = BridgeParams(gaussian, _no_bridge(run).schedule)
     # Far from the batches of the run, so that no random number serves twice.
     batches = range(2**30, 2**30 + -(-_TRIAL_SAMPLES // run.sampler.batch))
-    arrived = completed(run.sampler.cross(none, batches), wait_for_all=True)
+    arrived = team.gathered(completed(run.sampler.cross(none, batches), wait_for_all=True))
     work = np.concatenate([crossing.forward for crossing in arrived])
     spent = run.sampler.energy_evaluations
     spent["tuning"] += spent.pop("sampling")
@@ -391,7 +422,8 @@ def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
 
 def fewest_samples(n_atoms: int) -> int:
     """Samples over a bridge that an error bar can be had from."""
-    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, _MIN_SAMPLES, _MIN_SAMPLES_SMALL))
+    fewest = int(np.clip(_SAMPLES_TIMES_ATOMS_LARGE // n_atoms, _MIN_SAMPLES_LARGE, _MIN_SAMPLES))
+    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, fewest, _MIN_SAMPLES_SMALL))
 
 
 def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:

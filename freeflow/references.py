@@ -28,8 +28,10 @@ from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, Thermodynami
 _DENSE_COORDINATES = 400
 # Modes whose squared frequency is below this fraction of the mean one count as unstable.
 _STABILITY = 1e-6
-# Iterations stop when the next one promises to lower the KL bound by less than this [kT].
-_NEGLIGIBLE_GAIN = 0.02
+# Iterations stop when the next one promises to lower the KL bound by less than this [kT, and per atom], or by not
+# much more after one that did not: part of what is promised is noise, which grows with the crystal.
+_NEGLIGIBLE_GAIN = 0.02, 2e-5
+_SMALL_GAIN = 0.5, 1e-3
 
 
 class Gaussian(NamedTuple):
@@ -402,7 +404,7 @@ def converged(
     progress: Callable[[int, float], None] = lambda *_: None,
 ) -> Fit:
     """Iterate to the Gaussian that minimises KL(q || target); see `fit_self_consistent`."""
-    rng = np.random.default_rng(seed)
+    rng, n_atoms = np.random.default_rng(seed), recipe.crystal.n_atoms
     bounds: list[float] = []
     best: tuple[float, Any] | None = None
     for iteration in range(max_iterations):
@@ -417,13 +419,14 @@ def converged(
         # <|z|^2> is known; pairing each energy with its own |z|^2 takes out most of the noise.
         excess = u_b - 0.5 * (z**2).sum(axis=(1, 2))
         bounds.append(float(excess.mean()) - recipe.log_normalisation(gaussian))
-        progress(iteration, bounds[-1] / recipe.crystal.n_atoms)
+        progress(iteration, bounds[-1] / n_atoms)
         if best is None or bounds[-1] < best[0]:
             best = (bounds[-1], gaussian)
         step, gain = step.improved(z, g)
         noise = float(excess.std() / math.sqrt(n_samples / 2))
-        stalled = len(bounds) > 2 and bounds[-1] > bounds[-2] - 0.1 * noise and gain < 0.5
-        if stalled or gain < _NEGLIGIBLE_GAIN:
+        negligible, small = (max(total, per_atom * n_atoms) for total, per_atom in (_NEGLIGIBLE_GAIN, _SMALL_GAIN))
+        stalled = len(bounds) > 2 and bounds[-1] > bounds[-2] - 0.1 * noise and gain < small
+        if stalled or gain < negligible:
             break
     assert best is not None
     return Fit(best[1], n_samples * len(bounds), best[0], len(bounds))

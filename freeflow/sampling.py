@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from freeflow import bridge as bridges
+from freeflow import team
 from freeflow.bridge import BridgeParams, Pilot, Schedule, Segment
 from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import chain_correlation, effective_sample_size, equilibrated, record
@@ -370,7 +371,7 @@ def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: 
     except KeyboardInterrupt:
         sampler.stop()
         status = "interrupted"
-    arrived = completed(jobs)
+    arrived = team.gathered(completed(jobs))
     if not arrived:
         raise KeyboardInterrupt
     work = np.concatenate([part.forward for part in arrived])[:n]

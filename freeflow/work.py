@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,12 +16,14 @@ import numpy as np
 from jaxtyping import Array
 
 from freeflow import bridge as bridges
+from freeflow import team
 from freeflow.bridge import Bridge, BridgeParams, Pilot, Schedule, Segment, Walker
 from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import Configuration, Ensemble, Key, ThermodynamicState, Transport, double_precision
 
 R = TypeVar("R")
-_PILOT_SAMPLES = 128  # at least
+# Of a pilot, at least: 128, but of large crystals so many atoms' worth, and not below 64.
+_PILOT_SAMPLES, _PILOT_SAMPLES_LARGE, _PILOT_ATOMS = 128, 64, 2**19
 # For code that takes little of a run's time: fewer optimisations, half the compilation.
 _COMPILED_FAST: dict[str, Any] = {"xla_backend_optimization_level": 1}
 OnSegment = Callable[[int], None]  # told the energy evaluations of every piece of the way
@@ -76,20 +80,23 @@ Observe = Callable[[np.ndarray], Any]  # displacements (batch, n_atoms, 3) -> ar
 
 
 def n_workers() -> int:
-    """Batches in flight: one per CPU core, or one per process where a GPU does the work."""
+    """Batches in flight in this process: one for each of its GPUs, or one for each CPU core."""
     if jax.default_backend() != "cpu":
-        return 1
+        return jax.local_device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 class BridgeSampler:
-    """Carries batches of samples over a bridge, on all cores, and can be stopped between segments.
+    """Carries batches of samples over a bridge, on all cores or devices, and can be stopped between segments.
 
-    Sample i of batch b depends on (seed, b, i) only: the number of cores changes nothing. What is
-    compiled serves every fit and every schedule, and is compiled in the background on demand:
-    "launch" draws from the reference, "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the switch
-    from the bridge's kernel to the exact target, "displacements" tells where walkers are, and "whiten" puts given
-    displacements onto the bridge.
+    Sample i of batch b depends on (seed, b, i) only: the number of cores, devices and processes changes nothing.
+    Every thread has a device of its own, as far as they go; batches are dealt out to the processes of a team
+    (`freeflow.team`), and what they come to is gathered.
+
+    What is compiled serves every fit and every schedule, and is compiled in the background on demand: "launch" draws
+    from the reference, "forward" and "reverse" move a batch along a segment, "exact" ends a crossing with the
+    switch from the bridge's kernel to the exact target, "displacements" tells where walkers are, and "whiten" puts
+    given displacements onto the bridge.
     """
 
     def __init__(
@@ -106,22 +113,51 @@ class BridgeSampler:
         self.state, self.batch, self.seed, self.coordinates = state, batch, seed, coordinates
         self.workers = n_workers()
         self.energy_evaluations: Counter[str] = Counter()  # training, reference, tuning, sampling, checks
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="freeflow")
+        self.devices = jax.local_devices()
+        self._place = threading.local()
+        self._places = itertools.cycle(self.devices)
+        self._threads = ThreadPoolExecutor(self.workers, "freeflow", self._take_place)
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="freeflow-compile")
-        self._compiled: dict[str, Future[Any]] = {}
+        self._compiled: dict[tuple[str, int], Future[Any]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._launch_dtype = jax.eval_shape(bridge.launch, jax.random.key(0)).z.dtype
 
-    def compile(self, name: str, like: Gaussian | None) -> Future[Any]:
+    def _take_place(self) -> None:
+        with self._lock:
+            self._place.device = next(self._places)
+
+    @property
+    def device(self) -> jax.Device:
+        """Where this thread computes."""
+        return getattr(self._place, "device", self.devices[0])
+
+    def _on(self, device: jax.Device, function: Callable[..., R], *arguments: Any) -> R:
+        """Double precision and the default device are those of a thread."""
+        with double_precision(), jax.default_device(device) if len(self.devices) > 1 else nullcontext():
+            return function(*arguments)
+
+    def _submit(self, function: Callable[..., R], *arguments: Any) -> Future[R]:
+        return self._threads.submit(lambda: self._on(self.device, function, *arguments))
+
+    def compile(self, name: str, like: Gaussian | None, device: jax.Device | None = None) -> Future[Any]:
         """Begin to compile a piece for parameters shaped like `like`, unless that has begun already.
 
-        "launch" knows its shapes without.
+        It is compiled for a device, that of the calling thread if none is named. "launch" knows its shapes
+        without `like`.
         """
+        device = device or self.device
         with self._lock:
-            if name not in self._compiled:
-                self._compiled[name] = self._compilers.submit(_in_this_thread, self._lower, name, like)
-            return self._compiled[name]
+            key = name, device.id
+            if key not in self._compiled:
+                self._compiled[key] = self._compilers.submit(self._on, device, self._lower, name, like)
+            return self._compiled[key]
+
+    def prepare(self, names: Iterable[str], like: Gaussian) -> None:
+        """Begin to compile pieces for every device that will want them."""
+        for name in names:
+            for device in self.devices[: self.workers]:
+                self.compile(name, like, device)
 
     def _lower(self, name: str, like: Gaussian | None) -> Any:
         keys = self.keys(0)
@@ -153,7 +189,7 @@ class BridgeSampler:
 
     def each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
         """Results of a function of batches, worked out side by side."""
-        jobs = [self._threads.submit(_in_this_thread, function, *some) for some in zip(*arguments, strict=True)]
+        jobs = [self._submit(function, *some) for some in zip(*arguments, strict=True)]
         return [job.result() for job in jobs]
 
     def stop(self) -> None:
@@ -209,7 +245,8 @@ class BridgeSampler:
             walker = self.move("forward", gaussian, keys, walker, bridges.fetch_segment(), "reference")
             return np.asarray(walker.u_b), np.asarray(walker.gradient, np.float64)
 
-        energies, gradients = zip(*self.each(one, np.split(z, len(z) // self.batch)), strict=True)
+        parts = team.share(np.split(z, len(z) // self.batch))
+        energies, gradients = zip(*team.gathered(self.each(one, parts)), strict=True)
         return np.concatenate(energies), np.concatenate(gradients)
 
     def _walk(
@@ -293,13 +330,13 @@ class BridgeSampler:
     ) -> list[Future[np.ndarray | None]]:
         """Begin to carry given samples of the target (n, n_atoms, 3), batch by batch, to the reference.
 
-        Each batch ends as the work of its frames [kT], or None if stopped.
+        Each batch ends as the work of its frames [kT], or None if stopped. A process begins its share of them.
         """
         batches = [frames[first : first + self.batch] for first in range(0, len(frames), self.batch)]
         return [
             # Far from the batches of the run, so that no random number serves twice.
-            self._threads.submit(_in_this_thread, self._cross_back, params, 3 * 2**29 + k, batch, on_segment)
-            for k, batch in enumerate(batches)
+            self._submit(self._cross_back, params, 3 * 2**29 + k, batch, on_segment)
+            for k, batch in team.share(list(enumerate(batches)))
         ]
 
     def cross(
@@ -312,6 +349,8 @@ class BridgeSampler:
     ) -> list[Future[Crossing | None]]:
         """Begin to carry batches over the bridge; each ends as a `Crossing`, or None if stopped.
 
+        A process begins its share of them; `team.gathered` brings together what they came to.
+
         Args:
             params: The fitted reference and the schedule.
             indices: Numbers of the batches; they choose the random numbers.
@@ -320,8 +359,7 @@ class BridgeSampler:
             observe: Told the displacements of the arrivals, from other threads.
         """
         return [
-            self._threads.submit(_in_this_thread, self._cross, params, index, settle, on_segment, observe)
-            for index in indices
+            self._submit(self._cross, params, index, settle, on_segment, observe) for index in team.share(list(indices))
         ]
 
     def pilot(
@@ -332,7 +370,8 @@ class BridgeSampler:
         n_batches: int | None = None,
     ) -> Pilot:
         """Trial crossing at its own pace (`freeflow.bridge.Pace`) or a schedule's; calls back with lambda."""
-        n_batches = n_batches or max(2, -(-_PILOT_SAMPLES // self.batch))
+        samples = int(np.clip(_PILOT_ATOMS // self.recipe.crystal.n_atoms, _PILOT_SAMPLES_LARGE, _PILOT_SAMPLES))
+        n_batches = n_batches or max(2, -(-samples // self.batch))
         # Far from the batches of the run, so that no random number serves twice.
         first = 2**31 if schedule is None else 2**31 + n_batches
         crowd = Crowd(self, gaussian, range(first, first + n_batches), "tuning")
@@ -346,15 +385,17 @@ class BridgeSampler:
 
 
 class Crowd:
-    """Batches of walkers that move together, each on a core, from samples of the reference on."""
+    """Batches of walkers that move together, each on a core of its process, from samples of the reference on."""
 
     def __init__(self, sampler: BridgeSampler, gaussian: Gaussian, indices: Iterable[int], purpose: str):
         self._sampler, self._gaussian = sampler, gaussian
-        self._keys = [sampler.keys(index) for index in indices]
-        self._walkers = [sampler.launched(gaussian, keys, purpose) for keys in self._keys]
+        indices = list(indices)
+        self._n_walkers = len(indices) * sampler.batch
+        self._keys = [sampler.keys(index) for index in team.share(indices)]
+        self._walkers = sampler.each(lambda keys: sampler.launched(gaussian, keys, purpose), self._keys)
 
     def __len__(self) -> int:
-        return len(self._keys) * self._sampler.batch
+        return self._n_walkers
 
     def move(self, segment: Segment, purpose: str) -> None:
         """Along one segment, forwards."""
@@ -366,17 +407,21 @@ class Crowd:
 
     def read(self, name: str) -> np.ndarray:
         """A number, or an array, of every walker, in float64."""
-        return np.concatenate([np.asarray(getattr(walker, name), np.float64) for walker in self._walkers])
+        return self._together([np.asarray(getattr(walker, name), np.float64) for walker in self._walkers])
 
     def corrections(self) -> np.ndarray:
         """Exact target minus the kernel that walkers move by [kT]; infinite where an atom left its site."""
-        return np.concatenate(self._sampler.each(lambda w: self._sampler.correct(self._gaussian, w), self._walkers))
+        return self._together(self._sampler.each(lambda w: self._sampler.correct(self._gaussian, w), self._walkers))
 
     def displacements(self) -> np.ndarray:
         """Where walkers stand (n_walkers, n_atoms, 3) [length]."""
-        return np.concatenate(
+        return self._together(
             self._sampler.each(lambda w: self._sampler.displacements(self._gaussian, w), self._walkers)
         )
+
+    @staticmethod
+    def _together(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(team.gathered(parts))
 
 
 def completed(jobs: Iterable[Future[R | None]], wait_for_all: bool = False) -> list[R]:
@@ -396,9 +441,3 @@ def systematic_resample(log_weights: np.ndarray, rng: np.random.Generator) -> np
     weights = np.exp(finite - finite.max())
     edges = np.cumsum(weights) / weights.sum()
     return np.minimum(np.searchsorted(edges, (np.arange(len(edges)) + rng.random()) / len(edges)), len(edges) - 1)
-
-
-def _in_this_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Double precision is switched on per thread."""
-    with double_precision():
-        return function(*arguments)

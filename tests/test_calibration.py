@@ -24,9 +24,9 @@ def estimates():
     compiled, constants = {}, {}
 
     class Sharing(BridgeSampler):
-        def compile(self, name, like):
+        def compile(self, name, like, device=None):
             if name not in compiled:
-                compiled[name] = super().compile(name, like)
+                compiled[name] = super().compile(name, like, device)
                 compiled[name].result()
             return compiled[name]
 
