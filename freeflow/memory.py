@@ -6,19 +6,21 @@ from pathlib import Path
 
 import jax
 
+from freeflow.types import Device
+
 # Limits that a container sets (control groups, version 2), and what it uses of them.
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def free_memory(device: jax.Device | None = None) -> int | None:
+def free_memory(device: Device | None = None) -> int | None:
     """Bytes that arrays on a device may still take; None where that cannot be told.
 
     A GPU's own memory, or what the machine, and the container, leave to this process.
     """
-    device = device or jax.local_devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
+    place = jax.local_devices()[0] if device is None else device
+    if place.platform != "cpu":
+        stats = place.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
     return min((free for free in (_machine(), _container()) if free is not None), default=None)
 

@@ -29,6 +29,7 @@ else:
     Numeric = jax.Array | np.ndarray | np.generic
 Scalar = Float[Numeric, ""]
 Key = Array
+Device = Any  # a jax.Device, which is a class to Python only
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,7 +19,7 @@ from freeflow import bridge as bridges
 from freeflow import team
 from freeflow.bridge import Bridge, BridgeParams, Pilot, Schedule, Segment, Walker
 from freeflow.references import Gaussian, GaussianCrystal
-from freeflow.types import Configuration, Ensemble, Key, ThermodynamicState, Transport, double_precision
+from freeflow.types import Configuration, Device, Ensemble, Key, ThermodynamicState, Transport, double_precision
 
 R = TypeVar("R")
 # Of a pilot, at least: 128, but of large crystals so many atoms' worth, and not below 64.
@@ -128,11 +128,11 @@ class BridgeSampler:
             self._place.device = next(self._places)
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         """Where this thread computes."""
         return getattr(self._place, "device", self.devices[0])
 
-    def _on(self, device: jax.Device, function: Callable[..., R], *arguments: Any) -> R:
+    def _on(self, device: Device, function: Callable[..., R], *arguments: Any) -> R:
         """Double precision and the default device are those of a thread."""
         with double_precision(), jax.default_device(device) if len(self.devices) > 1 else nullcontext():
             return function(*arguments)
@@ -140,17 +140,17 @@ class BridgeSampler:
     def _submit(self, function: Callable[..., R], *arguments: Any) -> Future[R]:
         return self._threads.submit(lambda: self._on(self.device, function, *arguments))
 
-    def compile(self, name: str, like: Gaussian | None, device: jax.Device | None = None) -> Future[Any]:
+    def compile(self, name: str, like: Gaussian | None, device: Device | None = None) -> Future[Any]:
         """Begin to compile a piece for parameters shaped like `like`, unless that has begun already.
 
         It is compiled for a device, that of the calling thread if none is named. "launch" knows its shapes
         without `like`.
         """
-        device = device or self.device
+        place = self.device if device is None else device
         with self._lock:
-            key = name, device.id
+            key = name, place.id
             if key not in self._compiled:
-                self._compiled[key] = self._compilers.submit(self._on, device, self._lower, name, like)
+                self._compiled[key] = self._compilers.submit(self._on, place, self._lower, name, like)
             return self._compiled[key]
 
     def prepare(self, names: Iterable[str], like: Gaussian) -> None:
