@@ -352,7 +352,7 @@ def _escort(job: _Job) -> Answer:
         course = switching.escorted_course(carry, legs, _step(job))
         job.report(Progress("escort", None, f"trial journey of {legs} legs"))
         trial = job.fluid.across(chains, course, "tuning")
-        if np.var(trial) <= _ESCORTED_VARIANCE or 2 * legs > _LEGS[1]:
+        if np.var(trial[np.isfinite(trial)]) <= _ESCORTED_VARIANCE or 2 * legs > _LEGS[1]:
             break
         legs *= 2
     facts = {

@@ -108,6 +108,15 @@ def test_labels_and_images_do_not_matter(name):
         np.testing.assert_allclose(same, log_det, atol=1e-9)
 
 
+def test_all_atoms_as_partners_are_as_good_as_a_list():
+    shape = SHAPES[False]
+    x = jnp.stack([positions(seed, n=9).T for seed in range(3)], axis=-1)
+    for params in (wild(shape), {k: jnp.stack([v, 2 * v, -v], axis=-1) for k, v in wild(shape).items()}):
+        listed = field(params, x, shape, fluid.partners(x, shape)[0])
+        for one, other in zip(listed, field(params, x, shape, None), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_a_field_is_as_symmetric_as_the_cube():
     x, params = positions(5), wild(scale=1.0)
     v, divergence = at_once(params, x)

@@ -43,6 +43,7 @@ _PAIR_CENTRES, _PAIR_START, _PAIR_SPACING, _PAIR_END = 6, 0.90, 0.11, 1.75  # in
 _HOP_CENTRES, _HOP_START, _HOP_SPACING = 2, 1.06, 0.17
 _SHELL_CENTRES = 13
 _PARTNERS = 32  # of an atom, at most; a dense liquid has 14 within reach
+_ALL_ATOMS = 400  # up to so many, all of them are partners without being looked up
 _AXES = {"waves": 1, "shells": 1, "pairs": 1, "neighbours": 2, "hops": 3}  # of a parameter
 
 
@@ -229,7 +230,7 @@ def _pair(x: Float[Array, "3 n batch"], partner: Float[Array, "3 n batch"], shap
 
 
 def field(
-    params: Params, x: Float[Array, "3 n batch"], shape: FieldShape, around: Int[Array, "slots n batch"]
+    params: Params, x: Float[Array, "3 n batch"], shape: FieldShape, around: Int[Array, "slots n batch"] | None
 ) -> tuple[Array, Array]:
     """Velocities (3, n, batch) [length per unit of the way] and their divergences (batch,).
 
@@ -237,7 +238,8 @@ def field(
         params: As `no_motion`; each array may have a trailing axis of the batch, for parameters of every sample's own.
         x: Positions relative to the solute, any image [length].
         shape: Of the field.
-        around: Partners of every atom; all that are within reach.
+        around: Partners of every atom; all that are within reach. None for all other atoms: for a field without hops
+            only, and twice as fast as finding and looking up partners among 125 atoms.
     """
     own = {name: jnp.asarray(value, x.dtype) for name, value in params.items()}
     own = {name: value if value.ndim > _AXES[name] else value[..., None] for name, value in own.items()}
@@ -247,6 +249,9 @@ def field(
     divergence = divergence + jnp.sum(_mixed(own["waves"], waves.hessian)[:3], axis=0)
     w, w_hessian = (_mixed(own["neighbours"], part) for part in waves)  # (n_pairs, 3 | 6, n, batch)
     pushes = own["pairs"][:, None, :]
+    if around is None:
+        more = _all_give_way(x, w, w_hessian, pushes, shape)
+        return velocity + more[0], jnp.sum(divergence + more[1], axis=0)
 
     def of(a: Array, partner: Array) -> Array:
         return jnp.take_along_axis(a, partner.reshape((1,) * (a.ndim - 2) + partner.shape), axis=-2)
@@ -303,6 +308,50 @@ def field(
     return velocity, jnp.sum(divergence, axis=0)
 
 
+def _all_give_way(
+    x: Float[Array, "3 n batch"],
+    w: Float[Array, "k 3 n batch"],
+    hessian: Float[Array, "k 6 n batch"],
+    pushes: Float[Array, "k 1 own"],
+    shape: FieldShape,
+) -> tuple[Array, Array]:
+    """What all other atoms do to every atom: velocities and divergences (n, batch).
+
+    Step s pairs atom i with atom i + s modulo n, as the solvent's kernel does. Sums are written out by component,
+    so that the compiler makes one loop of them.
+    """
+    n, box, end = x.shape[1], shape.box_length, _PAIR_END * shape.core
+    start, spacing = _PAIR_START * shape.core, _PAIR_SPACING * shape.core
+    twice, w_twice = jnp.concatenate([x, x], axis=1), jnp.concatenate([w, w], axis=2)
+
+    def meet(carry: tuple[Array, Array], shift: Array) -> tuple[Any, None]:
+        there = jax.lax.dynamic_slice_in_dim(twice, shift, n, axis=1)
+        w_there = jax.lax.dynamic_slice_in_dim(w_twice, shift, n, axis=2)
+        d = [x[a] - there[a] for a in range(3)]
+        d = [part - box * jnp.round(part / box) for part in d]
+        # Guarded as in `_pair`.
+        r = jnp.sqrt(jnp.clip(d[0] * d[0] + d[1] * d[1] + d[2] * d[2], (0.1 * shape.core) ** 2, end**2))
+        inverse_r = 1 / r
+        bond = [part * inverse_r for part in d]
+        t, rest = (r - start) / spacing, 1 - (r / end) ** 2
+        # A Gaussian from its neighbour on the grid: exp(-(t - k)^2) = exp(-(t - k + 1)^2) exp(2 t) exp(1 - 2 k).
+        bump, growth = jnp.exp(-t * t) * rest * rest, jnp.exp(2 * t)
+        along, spread = jnp.zeros_like(r), jnp.zeros_like(r)
+        for k in range(_PAIR_CENTRES):
+            if k:
+                bump = bump * growth * math.exp(1 - 2 * k)
+            value, slope = bump * rest, bump * (-2 / spacing * (t - k) * rest - (6 / end**2) * r)
+            f = pushes[k]
+            for a in range(3):
+                f = f + bond[a] * (w_there[k, a] - w[k, a])
+            along = along + value * f
+            spread = spread + (slope + 2 * value * inverse_r) * f - value * _quadratic(bond, hessian[k])
+        return (carry[0] + jnp.stack([along * part for part in bond]), carry[1] + spread), None
+
+    nothing = jnp.zeros_like(x), jnp.zeros_like(x[0])
+    return jax.lax.scan(meet, nothing, jnp.arange(1, n))[0]
+
+
 _SIX = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -323,7 +372,8 @@ def journey(
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         moved, log_det = carry
         here = x + moved
-        around, slack = partners(here, shape)
+        few = x.shape[1] <= _ALL_ATOMS and not shape.hops
+        around, slack = (None, jnp.full(x.shape[2], jnp.inf, x.dtype)) if few else partners(here, shape)
 
         def stage(carry: tuple[Array, Array, Array, Array], part: tuple[Array, Array]) -> tuple[Any, None]:
             v, moved, log_det, slack = carry
