@@ -3,6 +3,7 @@
 Four combined standard errors raise a false alarm once in 16 000 times.
 """
 
+import itertools
 import math
 
 import lammps_oracle
@@ -91,7 +92,7 @@ def test_a_solute_from_a_point_is_the_sum_of_its_stages():
         solvation.estimate_difference(
             liquid(n, box, 2.0, [a, b]), methods=("bridge" if a == 0 else "lbar",), target_error=0.03, seed=5
         )
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in itertools.pairwise(sizes)
     ]
     assert all(stage.best.reliable for stage in stages)
     total = sum(stage.delta_f for stage in stages)
