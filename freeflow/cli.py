@@ -149,6 +149,7 @@ Examples:
 @click.option(
     "--methods", metavar="LIST", help="Of a solution: fep, bar, radial, lfep, lbar, bridge, escort, mbar; by commas."
 )
+@click.option("--map", type=click.Choice(["field", "radial", "torus"]), help="Of a solution: what lfep and lbar learn.")
 @click.option("--max-minutes", type=float, help="Of a solution: stop after this long in any case.")
 @click.option(
     "--distributed",
@@ -187,7 +188,7 @@ def estimate(
     if isinstance(problem, Solution):
         _refuse(problem, {"distributed": distributed}, ("distributed",), "a solution")
         return _estimate_difference(problem, {**options, "report": report, "u_nk": u_nk}, json_path, quiet, cache)
-    _refuse(problem, options, ("methods", "max_minutes"), "a crystal")
+    _refuse(problem, options, ("methods", "map", "max_minutes"), "a crystal")
     plan = _revise(problem, _with_trajectory(options, problem.plan.trajectory))
 
     from freeflow import pipeline, preparation
@@ -464,7 +465,7 @@ def _estimate_difference(
     problem: Solution, options: dict[str, Any], json_path: str | None, quiet: bool, cache: bool | None
 ) -> int:
     """`freeflow estimate` of a solution."""
-    known = ("methods", "target_error", "max_samples", "max_minutes", "seed")
+    known = ("methods", "map", "target_error", "max_samples", "max_minutes", "seed")
     _refuse(problem, options, [name for name in options if name not in known], "a solution")
     changes = {name: options[name] for name in known if options[name] is not None}
     if "methods" in changes:

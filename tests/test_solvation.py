@@ -222,6 +222,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.rstrip().endswith("bridge converged")
     for options, message in (
         (["--methods", "bar,baz"], "--methods[1]: unknown value 'baz'; did you mean bar?"),
+        (["--map", "feild"], "Invalid value for '--map': 'feild' is not one of 'field', 'radial', 'torus'"),
         (["--stages", "3"], "--stages: small is a solution, which this is not for"),
     ):
         assert cli.main(["estimate", path, *options]) == 2
