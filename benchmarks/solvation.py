@@ -1,8 +1,8 @@
 """What maps and switching gain on the solvation problem, and whether their error bars hold.
 
-    python benchmarks/solvation.py draw --frames 24576 frames.npz        # samples of both states, by Monte Carlo
-    python benchmarks/solvation.py ratio --frames 3600 frames.npz        # variance of BAR over that of mapped BAR
-    python benchmarks/solvation.py subsets --number 20 frames.npz        # spread of estimates over their reported error
+    python benchmarks/solvation.py draw --frames 24576 frames.npz   # samples of both states, by Monte Carlo
+    python benchmarks/solvation.py ratio --frames 3600 frames.npz    # variance of BAR over that of mapped BAR
+    python benchmarks/solvation.py subsets --frames 600 frames.npz   # spread of estimates over reported errors
 
 All ways see the same frames; the frames that a map carries have not taught it (two folds). Energies and fields are on
 the CPU; figures do not depend on the machine.
@@ -66,9 +66,14 @@ def frames(path):
         return [stored[name].reshape(-1, *stored[name].shape[2:]) for name in "ab"]
 
 
+def thinned(x, n_frames):
+    """Every how-manyth frame, of all chains."""
+    return x[:: max(1, len(x) // n_frames)][:n_frames]
+
+
 def ratio(problem, path, n_frames):
-    """Spread over all chains: every how-manyth frame."""
-    a, b = (x[:: max(1, len(x) // n_frames)][:n_frames] for x in frames(path))
+    """All ways on the same frames."""
+    a, b = (thinned(x, n_frames) for x in frames(path))
     found, left = estimates(problem, a, b)
     for name, (value, error) in found.items():
         gain = (found["bar"][1] / error) ** 2
@@ -76,9 +81,9 @@ def ratio(problem, path, n_frames):
     print(f"fields leave {', '.join(f'{share:.3f}' for share in left)} of the variance of du/dl")
 
 
-def subsets(problem, path, number):
+def subsets(problem, path, number, n_frames):
     """Disjoint subsets, of different chains: their estimates scatter by as much as they say."""
-    a, b = frames(path)
+    a, b = (thinned(x, number * n_frames) for x in frames(path))
     rows = []
     for some_a, some_b in zip(np.array_split(a, number), np.array_split(b, number), strict=True):
         rows.append([estimates(problem, some_a, some_b)[0][name] for name in WAYS])
@@ -94,7 +99,7 @@ def main():
     parser.add_argument("job", choices=("draw", "ratio", "subsets"))
     parser.add_argument("path", help="frames.npz: drawn to, or read")
     parser.add_argument("--system", default="solvation_wca")
-    parser.add_argument("--frames", type=int, default=3600, help="of each state")
+    parser.add_argument("--frames", type=int, default=3600, help="of each state, or in each subset")
     parser.add_argument("--number", type=int, default=20, help="of subsets")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -106,7 +111,7 @@ def main():
         if options.job == "ratio":
             ratio(problem, options.path, options.frames)
         else:
-            subsets(problem, options.path, options.number)
+            subsets(problem, options.path, options.number, options.frames)
 
 
 if __name__ == "__main__":

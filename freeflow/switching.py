@@ -556,14 +556,16 @@ class Fluid:
         walkers = self._launch(self.key(index), x)
         before = self.energy(walkers.x, way.start) + kinetic(walkers.v)
         here = way.start
-        for lam, stages in [*itertools.groupby(way.stages.tolist()), (way.end, ())]:
+        legs = [(lam, len(list(stages))) for lam, stages in itertools.groupby(way.stages.tolist())]
+        for lam, n_steps in [*legs, (way.end, 0)]:
             if self._stop.is_set():
                 raise StoppedError
             walkers = jax.block_until_ready(carried(walkers, np.float32(lam - here)))
             self._count(purpose, 1)
-            here, steps = lam, np.fromiter(stages, float)
-            for begin in range(0, len(steps), _PIECE):
-                walkers = self._piece(walkers, index, steps[begin : begin + _PIECE], step, purpose)
+            here = lam
+            for begin in range(0, n_steps, _PIECE):
+                stages = np.full(min(_PIECE, n_steps - begin), lam)
+                walkers = self._piece(walkers, index, stages, step, purpose)
         work = self.energy(walkers.x, way.end) + kinetic(walkers.v) - walkers.heat - before
         return Journey(_work(np.asarray(work)[None]), walkers.x)
 

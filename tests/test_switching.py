@@ -186,12 +186,14 @@ def some_escort(problem, forgetful=False):
     return (lambda x, span: (carry(x, span)[0], jnp.zeros(x.shape[2]))) if forgetful else carry
 
 
-@pytest.mark.parametrize("relaxation", [0, 3])
+@pytest.mark.parametrize("relaxation", [1, 5])
 def test_an_escort_of_no_merit_does_no_harm_and_one_without_its_log_det_does(relaxation):
     exact = exact_delta_f((1.2, 1.4))
     with Fluid(one_atom((1.2, 1.4)), seed=4, batch=256) as fluid:
         courses = [escorted_course(some_escort(fluid.solution, k), 5, 0.05, relaxation) for k in (False, True)]
         right, wrong = (bar(switched(fluid, course).work, (2.0, 2.0)) for course in courses)
+        # Two courses, two directions, 8 rounds of 2 batches: five legs each, and the steps between them.
+        assert fluid.evaluations["switching"] == 2 * 2 * 8 * 2 * 256 * (5 + 4 * relaxation)
     assert courses[0].n_stages == 4 * relaxation
     assert_agrees(float(right.delta_f), float(right.std_error), exact)
     assert float(right.std_error) < 0.02
