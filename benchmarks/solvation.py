@@ -51,7 +51,8 @@ def estimates(problem, a, b):
     parts = []
     for some_a, some_b in zip(folds(a, 2), folds(b, 2), strict=True):
         found = learn(problem, "field", some_a, some_b, None)
-        left.append(found.fitted.left_over[1])
+        if found.fitted is not None:
+            left.append(found.fitted.left_over[1])
         parts.append(
             work_of_frames(found.bijector, found.params, problem.a, problem.b, some_a.estimate, some_b.estimate, state)
         )
