@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,32 @@ def crystal_system(
         plan=plan or Plan(),
         published=published,
         config=config or {},
+    )
+
+
+def at_temperature(system: System, temperature: float) -> System:
+    """The same crystal at another temperature; kernels that are compiled serve it too.
+
+    Args:
+        system: A crystal.
+        temperature: In the unit style's unit.
+
+    Raises:
+        InputError: If the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise InputError(f"temperature: must be positive, got {temperature:g} {system.units.temperature}")
+    if temperature == system.temperature:
+        return system
+    energy_of_lattice = system.constants["lattice energy"] * system.kt
+    beta = 1.0 / (system.units.boltzmann * temperature)
+    return replace(
+        system,
+        temperature=temperature,
+        state=system.state._replace(beta=np.float64(beta)),
+        constants={**system.constants, "lattice energy": beta * energy_of_lattice},
+        published=None,
+        config={**system.config, "temperature": temperature} if system.config else system.config,
     )
 
 

@@ -307,3 +307,20 @@ class System:
     @property
     def log_prefactor(self) -> float:
         return -sum(self.constants.values())
+
+
+@dataclass(frozen=True)
+class TemperatureSeries:
+    """One crystal at several temperatures."""
+
+    system: System  # at the first of them
+    temperatures: tuple[float, ...]  # ascending, in the unit style's own unit
+
+    @property
+    def name(self) -> str:
+        return self.system.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Everything resolved, for provenance."""
+        return {**self.system.config, "temperature": list(self.temperatures)}
