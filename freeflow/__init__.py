@@ -12,24 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from freeflow.comparison import Comparison, compare
     from freeflow.config import load
+    from freeflow.phases import PhaseComparison, compare_phases
     from freeflow.pipeline import estimate
     from freeflow.result import Result
     from freeflow.sampling import Sampling, sample
-    from freeflow.types import Crystal, Plan, System, double_precision
+    from freeflow.series import estimate_series
+    from freeflow.thermodynamics import SeriesResult
+    from freeflow.types import Crystal, Plan, System, TemperatureSeries, double_precision
 
     __version__: str
 
 __all__ = [
     "Comparison",
     "Crystal",
+    "PhaseComparison",
     "Plan",
     "Result",
     "Sampling",
+    "SeriesResult",
     "System",
+    "TemperatureSeries",
     "__version__",
     "compare",
+    "compare_phases",
     "double_precision",
     "estimate",
+    "estimate_series",
     "load",
     "sample",
 ]
@@ -37,13 +45,18 @@ __all__ = [
 _HOMES = {
     "Comparison": "freeflow.comparison",
     "Crystal": "freeflow.types",
+    "PhaseComparison": "freeflow.phases",
     "Plan": "freeflow.types",
     "Result": "freeflow.result",
     "Sampling": "freeflow.sampling",
+    "SeriesResult": "freeflow.thermodynamics",
     "System": "freeflow.types",
+    "TemperatureSeries": "freeflow.types",
     "compare": "freeflow.comparison",
+    "compare_phases": "freeflow.phases",
     "double_precision": "freeflow.types",
     "estimate": "freeflow.pipeline",
+    "estimate_series": "freeflow.series",
     "load": "freeflow.config",
     "sample": "freeflow.sampling",
 }

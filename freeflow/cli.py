@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from freeflow.sampling import Sampling
     from freeflow.solutions import Solution
     from freeflow.training_run import TrainingResult
-    from freeflow.types import Plan, System, TrajectoryPlan
+    from freeflow.types import Plan, System, TemperatureSeries, TrajectoryPlan
 
 R = TypeVar("R")
 LINE_EVERY_SECONDS = 10.0
@@ -75,6 +75,7 @@ Examples:
   freeflow train mw_cubic_64 -o runs/mw --max-minutes 5
   freeflow sample mw_cubic_64 -n 1000 -o ice.xtc
   freeflow compare mw_cubic_64 md.lammpstrj
+  freeflow compare-phases mw_cubic_64 mw_hexagonal_64 --temperature 100:270:10
   freeflow validate my_crystal.yaml
 
 Exit status: 0 the target error was reached; 2 bad input; 3 finished, but not reliable or the target
@@ -120,6 +121,42 @@ _FRAMES = _together(
         "--sigma", type=click.Choice(["angstrom", "nm"]), help="What one sigma is stored as, if no cell tells."
     ),
 )
+
+
+class _Temperatures(click.ParamType):
+    name = "T|T,T,...|START:STOP:STEP"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """One temperature or several, above zero."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = config.temperature_range(value)
+            numbers = found if isinstance(found, tuple) else tuple(float(part) for part in value.split(","))
+        except ValueError:  # of either
+            numbers = ()
+        if not numbers or not all(0 < t < float("inf") for t in numbers):
+            self.fail(f"{value!r} is no temperature, list or START:STOP:STEP; an example is 100:300:25.", param, ctx)
+        return numbers
+
+
+_TEMPERATURE = click.option("--temperature", type=_Temperatures(), help="Instead of the file's; several are a series.")
+_TABLE = _together(
+    click.option("--csv", metavar="OUT", help="Write the table of a series of temperatures as CSV."),
+    click.option("--plot", metavar="OUT", help="Draw it: .png, .pdf or .svg."),
+)
+_NOT_OF_SERIES = (
+    "methods",
+    "max_minutes",
+    "report",
+    "u_nk",
+    "trajectory",
+    "topology",
+    "frames",
+    "sigma",
+    "estimator",
+    "distributed",
+)
 _OUTPUT = _together(
     click.option("--json", "json_path", metavar="OUT", help="Write the result as JSON; - for stdout, without tables."),
     click.option("--quiet", is_flag=True, help="Print one line: the outcome and the verdict."),
@@ -136,10 +173,12 @@ Examples:
   freeflow estimate my_crystal.yaml --json out.json --report out.html
   freeflow estimate mw_hexagonal_64 --reference harmonic --stages 200 --estimator bar
   freeflow estimate mw_cubic_64 --trajectory md.lammpstrj --frames 100: --stages none
-  freeflow estimate solvation_wca --methods bar,radial,bridge --target-error 0.1""",
+  freeflow estimate solvation_wca --methods bar,radial,bridge --target-error 0.1
+  freeflow estimate mw_cubic_64 --temperature 100:270:10 --csv ice.csv --plot ice.png""",
 )
 @click.argument("system")
 @_STOPPING
+@_TEMPERATURE
 @_ROAD
 @click.option("--estimator", type=click.Choice(["fep", "bar"]), help="From forward work, or from forward and reverse.")
 @click.option("--trajectory", metavar="FILE", help="MD frames as samples of the target, for bar.")
@@ -157,12 +196,16 @@ Examples:
     envvar="FREEFLOW_DISTRIBUTED",
     help="One of several processes: auto under a launcher, or HOST:PORT,N,I.",
 )
+@_TABLE
 @_OUTPUT
 def estimate(
     system: str,
     report: str | None,
     u_nk: str | None,
     distributed: str | None,
+    temperature: tuple[float, ...] | None,
+    csv: str | None,
+    plot: str | None,
     json_path: str | None,
     quiet: bool,
     cache: bool | None,
@@ -179,12 +222,24 @@ def estimate(
     FREEFLOW_DISTRIBUTED, processes on several machines share them: the same command on each, with the address of
     the first process, how many there are and which one it is. The result does not depend on how many there are; the
     first one prints and writes it.
-    """
-    _require_places(system, json=json_path, report=report, u_nk=u_nk)
-    speaks = distributed is None or _joined(distributed)
-    problem = config.load(system)
-    from freeflow.solutions import Solution
 
+    At several temperatures (a list or START:STOP:STEP) the result is a table of free energy, energy, entropy and heat
+    capacity, each at the target error.
+    """
+    _require_places(system, json=json_path, report=report, u_nk=u_nk, csv=csv, plot=plot)
+    speaks = distributed is None or _joined(distributed)
+    problem = _at(config.load(system), temperature)
+    from freeflow.solutions import Solution
+    from freeflow.types import TemperatureSeries
+
+    if isinstance(problem, TemperatureSeries):
+        said = {**options, "report": report, "u_nk": u_nk, "distributed": distributed}
+        _refuse(problem, said, _NOT_OF_SERIES, "a series of temperatures")
+        kept = {name: value for name, value in options.items() if name not in _NOT_OF_SERIES}
+        return _estimate_series(problem, kept, csv, plot, json_path, quiet, cache)
+    for name, value in (("csv", csv), ("plot", plot)):
+        if value is not None:
+            raise InputError(f"--{name}: {problem.name} is no series of temperatures; see --json and --report")
     if isinstance(problem, Solution):
         _refuse(problem, {"distributed": distributed}, ("distributed",), "a solution")
         return _estimate_difference(problem, {**options, "report": report, "u_nk": u_nk}, json_path, quiet, cache)
@@ -206,6 +261,53 @@ def estimate(
         write_estimate_report(result, report)
     _print_result(result, json_path, quiet)
     return result.exit_status
+
+
+@cli.command(
+    name="compare-phases",
+    epilog="""\b
+Examples:
+  freeflow compare-phases mw_cubic_64 mw_hexagonal_64
+  freeflow compare-phases a.yaml b.yaml --temperature 100:300:25 --plot phases.png
+
+Exit status: 0 both phases reached the target error; 2 bad input; 3 not reliable, or short of it; 130 interrupted.""",
+)
+@click.argument("phase_a", metavar="A")
+@click.argument("phase_b", metavar="B")
+@_TEMPERATURE
+@_STOPPING
+@_ROAD
+@_TABLE
+@_OUTPUT
+def compare_phases(
+    phase_a: str,
+    phase_b: str,
+    temperature: tuple[float, ...] | None,
+    csv: str | None,
+    plot: str | None,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+    **options: Any,
+) -> int:
+    """Compare the free energies of two crystals of one substance, A and B: which is stable, and up to where.
+
+    At every temperature the difference per atom with its error, and the temperature where the two are equal, if there
+    is one. Both are systems as `freeflow estimate` takes them, with the same potential and units.
+    """
+    _require_places(phase_a, phase_b, json=json_path, csv=csv, plot=plot)
+    a, b = (_at(config.load(phase), temperature) for phase in (phase_a, phase_b))
+    changes = {name: value for name, value in _with_flow(options).items() if value is not None}
+    if "stages" in changes:
+        stages = changes.pop("stages")
+        changes["bridge"] = None if stages == "none" else stages
+
+    from freeflow import phases, preparation
+
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
+    with _progress(quiet) as tell:
+        result = phases.compare_phases(a, b, None, tell, **changes)
+    return _print_table(result, csv, plot, json_path, quiet)
 
 
 @cli.command(
@@ -481,6 +583,50 @@ def _estimate_difference(
     return result.exit_status
 
 
+def _at(problem: Any, temperatures: tuple[float, ...] | None) -> Any:
+    """The problem at these temperatures, if any are given."""
+    if temperatures is None:
+        return problem
+    from freeflow.crystals import at_temperature
+    from freeflow.types import System, TemperatureSeries
+
+    if not isinstance(problem, System | TemperatureSeries):
+        raise InputError(f"--temperature: {problem.name} is a solution; its temperatures stand in the file")
+    system = problem.system if isinstance(problem, TemperatureSeries) else problem
+    if len(temperatures) == 1:
+        return at_temperature(system, temperatures[0])
+    return config.series_of(system, temperatures)
+
+
+def _estimate_series(
+    problem: Any,
+    options: dict[str, Any],
+    csv: str | None,
+    plot: str | None,
+    json_path: str | None,
+    quiet: bool,
+    cache: bool | None,
+) -> int:
+    """`freeflow estimate` of a crystal at several temperatures."""
+    plan = _revise(problem.system, _with_flow(options))
+
+    from freeflow import preparation, series
+
+    preparation.enable_compilation_cache(_cache_folder(cache, quiet))
+    with _progress(quiet) as tell:
+        result = series.estimate_series(problem, plan, tell)
+    return _print_table(result, csv, plot, json_path, quiet)
+
+
+def _print_table(result: Any, csv: str | None, plot: str | None, json_path: str | None, quiet: bool) -> int:
+    if csv is not None:
+        result.to_csv(csv)
+    if plot is not None:
+        result.write_plot(plot)
+    _print_result(result, json_path, quiet)
+    return result.exit_status
+
+
 def _refuse(problem: Any, options: dict[str, Any], names: Sequence[str], what: str) -> None:
     """Options that mean nothing here are no options; they are taken out."""
     for name in names:
@@ -670,8 +816,13 @@ def _print_result(
         result.to_json(json_path)
 
 
-def _facts(system: System | Solution) -> Iterator[tuple[str, Any]]:
+def _facts(system: System | Solution | TemperatureSeries) -> Iterator[tuple[str, Any]]:
     from freeflow.solutions import Solution
+    from freeflow.types import TemperatureSeries
+
+    if isinstance(system, TemperatureSeries):
+        yield "temperatures", len(system.temperatures)
+        system = system.system
 
     units, n = system.units, system.n_atoms
     if isinstance(system, Solution):

@@ -5,8 +5,8 @@ harmonic, u -> s u with s = sqrt(beta_0 / beta). The generalised work of crossin
 
     w(beta) = w + beta U(s u) - beta_0 U(u) - 3 (N - 1) ln s,
 
-U relative to the lattice, so that F at every temperature is an exponential average over the same samples. What spreads w
-is the anharmonic part of the energy alone: one *anchor*, a crystal that was crossed to, reaches far. Anchors are set
+U relative to the lattice, so that F at every temperature is an exponential average over the same samples. What spreads
+w is the anharmonic part of the energy alone: one *anchor*, a crystal that was crossed to, reaches far. Anchors are set
 where the error is still too large, in the middle of the longest stretch of such temperatures, until none is left.
 
 The same samples give beta F as a smooth function of beta. Its derivative is the energy, its second derivative the
@@ -198,9 +198,7 @@ def _mapped(anchor: Anchor, beta: float) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lost, np.inf, work), energy
 
 
-def _reaches(
-    anchor: Anchor, systems: Sequence[System], at: int, target: float, report: Report
-) -> list[Reach | None]:
+def _reaches(anchor: Anchor, systems: Sequence[System], at: int, target: float, report: Report) -> list[Reach | None]:
     """What an anchor says of all temperatures, from its own outwards until its word is worth nothing."""
     found: list[Reach | None] = [None] * len(systems)
     for way in (range(at, len(systems)), range(at - 1, -1, -1)):
@@ -361,7 +359,9 @@ def _result(
     for anchor in anchors:
         for purpose, number in anchor.result.energy_evaluations.items():
             spent[purpose] = spent.get(purpose, 0) + number
-    spent["series"] = sum(3 * anchor.result.n_samples for row in table for anchor, reach in zip(anchors, row, strict=False) if reach)
+    spent["series"] = sum(
+        3 * anchor.result.n_samples for row in table for anchor, reach in zip(anchors, row, strict=False) if reach
+    )
     clock.lap("series")
     return SeriesResult(
         system=series.system,

@@ -114,7 +114,9 @@ class SeriesResult:
         worst = max((s.beta_f_std_error / self.n_atoms for s in self.states), default=math.nan)
         done = sum(state.status == "converged" for state in self.states)
         if self.status == "converged":
-            return f"Converged at {n} temperatures: the largest standard error is {worst:.1e} kT per atom, the target {target}."
+            return (
+                f"Converged at {n} temperatures: standard errors are {worst:.1e} kT per atom at most; target {target}."
+            )
         if self.status == "interrupted":
             return f"Interrupted: {done} of {n} temperatures have an error of {target} kT per atom or less."
         if self.status == "unreliable":
@@ -231,12 +233,14 @@ class SeriesResult:
             )
         console.print(table)
         console.print()
-        for text in (
-            "U, S and C_V are configurational, at fixed Lambda and volume. Gibbs-Helmholtz: d(beta F)/d(beta) against <U>.",
-            f"Anchors at {', '.join(f'{t:g}' for t in self.anchors)} {units.temperature}; "
-            f"{sum(self.energy_evaluations.values()):.2g} energy evaluations, {self.wall_seconds.get('total', math.nan):.1f} s",
-        ):
-            console.print(Text(text))
+        evaluations, seconds = sum(self.energy_evaluations.values()), self.wall_seconds.get("total", math.nan)
+        anchors = ", ".join(f"{t:g}" for t in self.anchors)
+        console.print(
+            Text(
+                "U, S and C_V are configurational, at fixed Lambda and volume; Gibbs-Helmholtz compares d(beta F)/d(beta) "
+                f"with <U>.\nAnchors at {anchors} {units.temperature}; {evaluations:.2g} energy evaluations, {seconds:.1f} s"
+            )
+        )
         reasons = [f"{self._degrees(s.temperature)}: {reason}" for s in self.states for reason in s.reasons]
         for title, lines in (("Why not reliable", reasons), ("Warnings", self.warnings)):
             if lines:
@@ -274,7 +278,9 @@ class SeriesResult:
             axes.grid(alpha=0.3)
         for axes in figure.axes[2:]:
             axes.set_xlabel(f"temperature [{units.temperature}]")
-        figure.suptitle(f"{self.system.name}: configurational functions at constant volume; bars are one standard error", fontsize=9)
+        figure.suptitle(
+            f"{self.system.name}: configurational functions at constant volume; bars are one standard error", fontsize=9
+        )
         return figure
 
 

@@ -14,6 +14,7 @@ from freeflow.config.files import (
     read,
     revise,
     revise_difference,
+    series_of,
     shipped,
 )
 from freeflow.config.schema import (
@@ -22,6 +23,7 @@ from freeflow.config.schema import (
     EstimateSection,
     ResidualSection,
     SystemSection,
+    temperature_range,
 )
 from freeflow.config.words import nearest, suggest
 
@@ -40,6 +42,8 @@ __all__ = [
     "read",
     "revise",
     "revise_difference",
+    "series_of",
     "shipped",
     "suggest",
+    "temperature_range",
 ]

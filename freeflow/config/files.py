@@ -6,7 +6,7 @@ Importing this module does not start JAX.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +20,12 @@ from freeflow.errors import InputError
 
 if TYPE_CHECKING:
     from freeflow.solutions import Solution
-    from freeflow.types import Crystal, DifferencePlan, Plan, System
+    from freeflow.types import Crystal, DifferencePlan, Plan, System, TemperatureSeries
 
 MAX_FILE_BYTES = 1_000_000
 
 
-def load(source: str | Path | Mapping[str, Any]) -> System | Solution:
+def load(source: str | Path | Mapping[str, Any]) -> System | Solution | TemperatureSeries:
     """Read and check a system, and make the problem it describes.
 
     Args:
@@ -33,14 +33,15 @@ def load(source: str | Path | Mapping[str, Any]) -> System | Solution:
             content as a mapping.
 
     Returns:
-        A `System` if it describes a crystal, a `Solution` if it has a section `solution`.
+        A `System` if it describes a crystal, a `TemperatureSeries` if at several temperatures, a `Solution` if it has
+        a section `solution`.
 
     Raises:
         InputError: If anything is wrong with it; one line that says where.
     """
     label, folder, section = read(source)
     try:
-        return _solution(section, folder) if isinstance(section, SolutionFileSection) else _system(section, folder)
+        return _solution(section, folder) if isinstance(section, SolutionFileSection) else _crystals(section, folder)
     except InputError as error:
         raise type(error)(f"{label}: {error}") from error
 
@@ -49,27 +50,50 @@ def load_crystal(source: str | Path | Mapping[str, Any]) -> System:
     """The same where only a crystal will do.
 
     Raises:
-        InputError: If it is a solution, or anything is wrong with it.
+        InputError: If it is a solution or a series, or anything is wrong with it.
     """
     return crystal_only(load(source))
 
 
-def crystal_only(problem: System | Solution) -> System:
-    """The problem itself, if it is a crystal.
+def crystal_only(problem: System | Solution | TemperatureSeries) -> System:
+    """The problem itself, if it is a crystal at one temperature.
 
     Raises:
-        InputError: If it is a solution.
+        InputError: If it is a solution or a series.
     """
-    from freeflow.types import System
+    from freeflow.types import System, TemperatureSeries
+
+    if isinstance(problem, TemperatureSeries):
+        many = len(problem.temperatures)
+        raise InputError(
+            f"{problem.name}: {many} temperatures; this works at one only (estimate and compare-phases take series)"
+        )
 
     if not isinstance(problem, System):
         raise InputError(f"{problem.name}: a solution; this works for crystals only (freeflow estimate takes both)")
     return problem
 
 
+def series_of(system: System, temperatures: Sequence[float]) -> TemperatureSeries:
+    """The crystal at these temperatures, in ascending order."""
+    from freeflow.crystals import at_temperature
+    from freeflow.types import TemperatureSeries
+
+    ascending = tuple(sorted(set(temperatures)))
+    return TemperatureSeries(at_temperature(system, ascending[0]), ascending)
+
+
+def _crystals(section: SystemSection, folder: Path) -> System | TemperatureSeries:
+    if not isinstance(section.temperature, tuple):
+        return _system(section, folder)
+    one = section.model_copy(update={"temperature": min(section.temperature)})
+    return series_of(_system(one, folder), section.temperature)
+
+
 def _system(section: SystemSection, folder: Path) -> System:
     from freeflow.crystals import crystal_system
 
+    assert not isinstance(section.temperature, tuple)
     return crystal_system(
         name=section.name,
         crystal=_crystal(section, folder),

@@ -124,8 +124,9 @@ def _wrong_flow(path: KeyPath, value: Any) -> _Problem:
 
 
 def _path(location: tuple[str | int, ...], data: Any, prefix: tuple[str, ...] = ()) -> KeyPath:
-    """Pydantic's location without the names of union members that it puts behind `potential` and `flow`."""
-    for union, members in ((("potential",), POTENTIALS), (("estimate", "flow"), FLOWS)):
+    """Pydantic's location without the names of union members that it puts behind the keys of unions."""
+    unions = (("potential",), POTENTIALS), (("estimate", "flow"), FLOWS), (("temperature",), ("one", "many"))
+    for union, members in unions:
         at = len(union) - len(prefix)
         if (*prefix, *location)[: len(union)] == union and len(location) > at and location[at] in members:
             location = (*location[:at], *location[at + 1 :])

@@ -93,6 +93,35 @@ def _line_of_text(value: str) -> str:
     return value
 
 
+_RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
+MAX_TEMPERATURES = 1000
+
+
+def temperature_range(value: Any) -> Any:
+    """START:STOP:STEP as a list of numbers, STOP included; anything else as it is."""
+    found = _RANGE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        start, stop, step = (float(part) for part in found.groups())
+        steps = (stop - start) / step
+    except (ValueError, ZeroDivisionError):
+        raise _wrong(f"expected START:STOP:STEP in numbers, such as 100:300:25, got {show(value)}") from None
+    if not (0 <= steps < MAX_TEMPERATURES and start > 0 and stop > 0):
+        raise _wrong(f"{show(value)} holds no temperatures above 0, or more than {MAX_TEMPERATURES}")
+    return tuple(start + k * step for k in range(int(steps + 1e-9) + 1))
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list | tuple) else "one"
+
+
+Temperatures = Annotated[
+    Annotated[PositiveFloat, Tag("one")]
+    | Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MAX_TEMPERATURES), Tag("many")],
+    Discriminator(_one_or_many),
+    BeforeValidator(temperature_range),
+]
 Repeat = Annotated[int, Field(ge=1, le=MAX_CELLS)]
 Repeats = Annotated[tuple[Repeat, Repeat, Repeat], BeforeValidator(_three), AfterValidator(_few_cells)]
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_line_of_text)]
@@ -409,7 +438,9 @@ class _FileSection(Section):
 class SystemSection(_FileSection):
     """The whole of system.yaml of a crystal."""
 
-    temperature: PositiveFloat = Field(description="[K], or [epsilon/k_B] in lj units")
+    temperature: Temperatures = Field(
+        description="[K], or [epsilon/k_B] in lj units; a list or START:STOP:STEP is a series"
+    )
     potential: Annotated[LennardJones | StillingerWeber | WeeksChandlerAndersen, Field(discriminator="kind")]
     crystal: CrystalSection | None = None
     structure: StructureSection | None = None
