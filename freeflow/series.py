@@ -44,6 +44,8 @@ from freeflow.types import Plan, System, TemperatureSeries, double_precision
 _STEP = 0.01  # of beta, for derivatives by central differences
 _RESAMPLES = 200
 _MARGIN = 0.9  # anchors are estimated to so much of the target error: their neighbours have a little more
+_FURTHEST = 2.5  # target errors up to which an anchor is followed
+_LEAST_SHARE = 0.05  # of an anchor's weight at a temperature; less is not worth the derivatives
 _DISAGREEMENT = 4.0  # standard errors between anchors, or between both sides of the Gibbs-Helmholtz relation
 
 
@@ -59,7 +61,7 @@ class Anchor(NamedTuple):
 class Reach(NamedTuple):
     """What an anchor says of one temperature."""
 
-    work: Float[np.ndarray, "3 n"]  # at beta (1 - step), beta, beta (1 + step), without the reference [kT]
+    work: Float[np.ndarray, " n"]  # [kT]
     energy: Float[np.ndarray, " n"]  # of the mapped samples, relative to the lattice [energy]
     delta_f: float  # [kT]
     std_error: float  # [kT]
@@ -141,25 +143,23 @@ def _next_anchor(table: Sequence[Sequence[Reach | None]], target: float, tried: 
     open_ones = [k for k, row in enumerate(table) if k not in tried and not _combined_error(row) <= target]
     if not open_ones:
         return None
-    stretches = np.split(open_ones, np.flatnonzero(np.diff(open_ones) > 1) + 1)
-    longest = max(stretches, key=len)
-    return int(longest[len(longest) // 2])
-
-
-def _trusted(row: Sequence[Reach | None]) -> list[int]:
-    """Anchors whose word counts at a temperature: the sound ones, or the best one if none is."""
-    sound = [a for a, reach in enumerate(row) if reach is not None and not reach.reasons]
-    if sound:
-        return sound
-    known = [a for a, reach in enumerate(row) if reach is not None and math.isfinite(reach.std_error)]
-    return known and [min(known, key=lambda a: row[a].std_error)]  # pyright: ignore[reportOptionalMemberAccess]
+    ends = [k for k, after in zip(open_ones, [*open_ones[1:], math.inf], strict=True) if after > k + 1]
+    starts = [k for k, before in zip(open_ones, [-math.inf, *open_ones[:-1]], strict=True) if before < k - 1]
+    start, end = max(zip(starts, ends, strict=True), key=lambda stretch: stretch[1] - stretch[0])
+    return (start + end + 1) // 2
 
 
 def _shares(row: Sequence[Reach | None]) -> dict[int, float]:
-    """Weights of the anchors at a temperature, by their variances."""
-    trusted = _trusted(row)
-    weights = np.array([1 / max(row[a].std_error, 1e-12) ** 2 for a in trusted])  # pyright: ignore[reportOptionalMemberAccess]
-    return dict(zip(trusted, (weights / weights.sum()).tolist(), strict=True)) if trusted else {}
+    """Weights of the anchors at a temperature, by their variances: of the sound ones, or the best one if none is."""
+    known = {a: reach for a, reach in enumerate(row) if reach is not None and math.isfinite(reach.std_error)}
+    sound = {a: reach for a, reach in known.items() if not reach.reasons}
+    if not sound and known:
+        best = min(known, key=lambda a: known[a].std_error)
+        sound = {best: known[best]}
+    weights = {a: 1 / max(reach.std_error, 1e-12) ** 2 for a, reach in sound.items()}
+    least = _LEAST_SHARE * sum(weights.values())
+    weights = {a: weight for a, weight in weights.items() if weight >= least}
+    return {a: weight / sum(weights.values()) for a, weight in weights.items()}
 
 
 def _combined_error(row: Sequence[Reach | None]) -> float:
@@ -206,7 +206,7 @@ def _reaches(anchor: Anchor, systems: Sequence[System], at: int, target: float, 
             text = f"samples of {_degrees(anchor.system)} carried to {_degrees(systems[k])}"
             report(Progress("series", None, text))
             found[k] = reach = _reach(anchor, systems[k])
-            if reach.reasons or not reach.std_error <= 4 * target:
+            if reach.reasons or not reach.std_error <= _FURTHEST * target:
                 break
     return found
 
@@ -214,14 +214,13 @@ def _reaches(anchor: Anchor, systems: Sequence[System], at: int, target: float, 
 def _reach(anchor: Anchor, system: System) -> Reach:
     beta = float(system.state.beta)
     work, energy = _mapped(anchor, beta)
-    sides = [_mapped(anchor, beta * (1 + step))[0] for step in (-_STEP, _STEP)]
     answer = fep(record(work))
     diagnostics = diagnose(record(work), "fep", seed=anchor.result.plan.seed)
     reasons = reliability(diagnostics, answer)
     # What is wrong with the anchor's own samples is wrong with all that is made of them.
     if anchor.result.status == "unreliable":
         reasons = (*reasons, f"anchor at {_degrees(anchor.system)}: {anchor.result.warnings[0]}")
-    return Reach(np.array([sides[0], work, sides[1]]), energy, float(answer.delta_f), float(answer.std_error), reasons)
+    return Reach(work, energy, float(answer.delta_f), float(answer.std_error), reasons)
 
 
 def _degrees(system: System) -> str:
@@ -251,13 +250,15 @@ def _counts(anchor: Anchor, number: int) -> np.ndarray:
     return np.concatenate([np.ones((1, n)), drawn]).astype(np.float64)
 
 
-def _sums(reach: Reach, counts: np.ndarray) -> _Sums:
+def _sums(anchor: Anchor, reach: Reach, beta: float, counts: np.ndarray) -> _Sums:
     n = counts.shape[1]
-    top = -np.min(reach.work, axis=1, keepdims=True)
-    weights = np.exp(-reach.work - top)  # (3, n)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    low, high = (_mapped(anchor, beta * (1 + step))[0] for step in (-_STEP, _STEP))
+    work = np.array([low, reach.work, high])
+    energy = np.where(np.isfinite(reach.energy), reach.energy, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where no sample arrives nothing is known
+        top = -np.min(work, axis=1, keepdims=True)
+        weights = np.exp(-work - top)
         means = counts @ weights.T / n
-        energy = np.where(np.isfinite(reach.energy), reach.energy, 0.0)
         average = counts @ (weights[1] * energy) / (n * means[:, 1])
         return _Sums(-(np.log(means) + top.T), average)
 
@@ -279,26 +280,40 @@ def _base(anchor: Anchor, system: System) -> np.ndarray:
     return anchor.result.components["reference"] - np.array([one.log_prefactor for one in near])
 
 
-def _state(system: System, row: Sequence[Reach | None], anchors: Sequence[Anchor], counts: Sequence[np.ndarray]) -> Any:
-    """Functions at one temperature with their resamples, and the largest disagreement of two anchors."""
+class _Mixture(NamedTuple):
+    """What all anchors say of one temperature."""
+
+    functions: Functions  # the samples' own, then one row for every resample
+    std_error: float  # of beta F [kT]
+    apart: float  # largest difference of two anchors in standard errors; NaN for one
+    n_anchors: int
+    reasons: list[str]
+
+
+def _mixture(
+    system: System, row: Sequence[Reach | None], anchors: Sequence[Anchor], counts: Sequence[np.ndarray]
+) -> _Mixture:
     shares = _shares(row)
     if not shares:
         nothing = np.full(_RESAMPLES + 1, math.nan)
-        return Functions(*(nothing,) * 5), {}, math.nan
-    parts = {}
+        return _Mixture(Functions(*(nothing,) * 5), math.nan, math.nan, 0, ["no anchor reaches this temperature"])
+    parts, errors, reasons = {}, {}, []
     for a in shares:
         reach = row[a]
         assert reach is not None
-        sums = _sums(reach, counts[a])
+        sums = _sums(anchors[a], reach, float(system.state.beta), counts[a])
         parts[a] = _functions(system, _base(anchors[a], system), sums.beta_f, sums.energy)
+        errors[a] = reach.std_error
+        reasons += [reason for reason in reach.reasons if reason not in reasons]
     mixed = Functions(*(sum(shares[a] * parts[a][q] for a in shares) for q in range(5)))
     apart = [
-        (parts[a].beta_f[0] - parts[b].beta_f[0]) / math.hypot(row[a].std_error, row[b].std_error)
+        (parts[a].beta_f[0] - parts[b].beta_f[0]) / math.hypot(errors[a], errors[b])
         for a in shares
         for b in shares
         if a < b
     ]
-    return mixed, shares, max(apart, key=abs, default=math.nan)
+    error = math.sqrt(sum((share * errors[a]) ** 2 for a, share in shares.items()))
+    return _Mixture(mixed, error, float(max(apart, key=abs, default=math.nan)), len(shares), reasons)
 
 
 def _result(
@@ -313,15 +328,14 @@ def _result(
     n_atoms = series.system.n_atoms
     counts = [_counts(anchor, k) for k, anchor in enumerate(anchors)]
     states, replicas, warnings = [], [], []
+    evaluations = sum(len(anchor.energy) for anchor in anchors)
     for system, row in zip(systems, table, strict=True):
-        functions, shares, apart = _state(system, row, anchors, counts)
-        error = math.sqrt(sum((share * row[a].std_error) ** 2 for a, share in shares.items())) if shares else math.nan
+        evaluations += sum(len(reach.energy) for reach in row if reach is not None)
+        evaluations += sum(2 * len(anchors[a].energy) for a in _shares(row))
+        functions, error, apart, n_anchors, reasons = _mixture(system, row, anchors, counts)
         spread = Functions(*(np.std(q[1:], ddof=1) for q in functions))
         gap = functions.energy - functions.plain_energy
-        helmholtz = float(gap[0] / np.std(gap[1:], ddof=1)) if np.std(gap[1:], ddof=1) > 0 else math.nan
-        reasons = list(dict.fromkeys(reason for a in shares for reason in row[a].reasons))
-        if not shares:
-            reasons.append("no anchor reaches this temperature")
+        helmholtz = _ratio(float(gap[0]), float(np.std(gap[1:], ddof=1)))
         if abs(apart) > _DISAGREEMENT:
             reasons.append(f"anchors differ by {abs(apart):.1f} standard errors")
         if abs(helmholtz) > _DISAGREEMENT:
@@ -347,7 +361,7 @@ def _result(
                 heat_capacity_std_error=float(spread.heat_capacity),
                 helmholtz_z=helmholtz,
                 anchors_z=apart,
-                n_anchors=len(shares),
+                n_anchors=n_anchors,
                 status=status,
                 reasons=tuple(reasons),
             )
@@ -359,9 +373,7 @@ def _result(
     for anchor in anchors:
         for purpose, number in anchor.result.energy_evaluations.items():
             spent[purpose] = spent.get(purpose, 0) + number
-    spent["series"] = sum(
-        3 * anchor.result.n_samples for row in table for anchor, reach in zip(anchors, row, strict=False) if reach
-    )
+    spent["series"] = evaluations
     clock.lap("series")
     return SeriesResult(
         system=series.system,
@@ -375,6 +387,10 @@ def _result(
         interrupted=interrupted,
         provenance=provenance(series.system, plan),
     )
+
+
+def _ratio(difference: float, error: float) -> float:
+    return difference / error if error > 0 else math.nan
 
 
 def _of_interest(result: Result) -> list[str]:

@@ -114,9 +114,7 @@ class SeriesResult:
         worst = max((s.beta_f_std_error / self.n_atoms for s in self.states), default=math.nan)
         done = sum(state.status == "converged" for state in self.states)
         if self.status == "converged":
-            return (
-                f"Converged at {n} temperatures: standard errors are {worst:.1e} kT per atom at most; target {target}."
-            )
+            return f"Converged at {n} temperatures: standard errors up to {worst:.1e} kT per atom; target {target}."
         if self.status == "interrupted":
             return f"Interrupted: {done} of {n} temperatures have an error of {target} kT per atom or less."
         if self.status == "unreliable":
@@ -228,19 +226,19 @@ class SeriesResult:
                 format_with_error(s.energy / n, s.energy_std_error / n),
                 format_with_error(s.entropy / n, s.entropy_std_error / n),
                 format_with_error(s.heat_capacity / n, s.heat_capacity_std_error / n),
-                f"z = {s.helmholtz_z:+.1f}",
+                "-" if math.isnan(s.helmholtz_z) else f"z = {s.helmholtz_z:+.1f}",
                 Text(word, style=_COLOURS.get(s.status, "bold red")),
             )
         console.print(table)
         console.print()
         evaluations, seconds = sum(self.energy_evaluations.values()), self.wall_seconds.get("total", math.nan)
         anchors = ", ".join(f"{t:g}" for t in self.anchors)
-        console.print(
-            Text(
-                "U, S and C_V are configurational, at fixed Lambda and volume; Gibbs-Helmholtz compares d(beta F)/d(beta) "
-                f"with <U>.\nAnchors at {anchors} {units.temperature}; {evaluations:.2g} energy evaluations, {seconds:.1f} s"
-            )
-        )
+        for text in (
+            "U, S and C_V are configurational, at fixed Lambda and volume.",
+            "Gibbs-Helmholtz: d(beta F)/d(beta) against the average of U, in standard errors.",
+            f"Anchors at {anchors} {units.temperature}; {evaluations:.2g} energy evaluations, {seconds:.1f} s.",
+        ):
+            console.print(Text(text))
         reasons = [f"{self._degrees(s.temperature)}: {reason}" for s in self.states for reason in s.reasons]
         for title, lines in (("Why not reliable", reasons), ("Warnings", self.warnings)):
             if lines:

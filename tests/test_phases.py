@@ -1,0 +1,129 @@
+"""Two phases against each other: differences, their correlated errors, and where they cross."""
+
+import json
+
+import numpy as np
+import pytest
+
+import freeflow as ff
+from freeflow import phases
+from freeflow.config import load
+from freeflow.errors import InputError
+from freeflow.phases import PhaseComparison
+from freeflow.thermodynamics import SeriesResult, StateResult
+
+T = np.array([100.0, 150.0, 200.0, 250.0])
+N = 8
+
+
+def made_up(values, errors, seed, status="converged", shared=True):
+    """A series of these values per atom, with resamples that move together or one by one."""
+    system = load("mw_cubic_8")
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((1 if shared else len(T), 2000)) * np.array(errors)[:, None] * N
+    states = tuple(
+        StateResult(
+            temperature=t,
+            kt=t * system.units.boltzmann,
+            beta_f=value * N,
+            beta_f_std_error=error * N,
+            energy=0.0,
+            energy_std_error=1.0,
+            plain_energy=0.0,
+            plain_energy_std_error=1.0,
+            entropy=0.0,
+            entropy_std_error=1.0,
+            heat_capacity=0.0,
+            heat_capacity_std_error=1.0,
+            helmholtz_z=0.0,
+            anchors_z=0.0,
+            n_anchors=1,
+            status=status,
+            reasons=() if status == "converged" else ("made up",),
+        )
+        for t, value, error in zip(T, values, errors, strict=True)
+    )
+    return SeriesResult(
+        system=system,
+        plan=system.plan,
+        states=states,
+        anchors=(150.0,),
+        replicas=np.array(values)[:, None] * N + noise,
+        energy_evaluations={"sampling": 10},
+        wall_seconds={"total": 1.0},
+    )
+
+
+def line(t0, slope):
+    return slope * (T - t0)
+
+
+def test_difference_and_error():
+    found = PhaseComparison(a=made_up(line(0, 0.01), [3e-3] * 4, 0), b=made_up(line(0, 0.02), [4e-3] * 4, 1))
+    np.testing.assert_allclose(found.difference, 0.01 * T, atol=1e-12)
+    np.testing.assert_allclose(found.std_error, 5e-3)
+    assert found.crossing is None
+    assert found.stable(0) == "mw_cubic_8" and "at every temperature" in found.verdict
+
+
+def test_crossing_with_its_error():
+    """Delta = 1e-3 (T - 180): the error of T is that of Delta over the slope, 3e-3 / 1e-3 = 3 K."""
+    found = PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(180.0, 1e-3), [3e-3] * 4, 1))
+    crossing = found.crossing
+    assert crossing.temperature == pytest.approx(180.0)
+    assert crossing.std_error == pytest.approx(3.0, rel=0.1)
+    assert crossing.below == found.b.system.name
+    assert found.exit_status == 0 and "180(3) K" in found.verdict
+
+
+def test_errors_of_neighbours_matter():
+    """If the two ends of the segment move one by one, the crossing is known better than if they move together."""
+    one, other = (
+        PhaseComparison(
+            a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(175.0, 1e-3), [3e-3] * 4, 1, shared=shared)
+        ).crossing.std_error
+        for shared in (True, False)
+    )
+    assert other == pytest.approx(one / np.sqrt(2), rel=0.15)
+
+
+def test_noise_is_no_crossing():
+    found = PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(180.0, 1e-5), [3e-3] * 4, 1))
+    assert found.crossing is None and "Not resolved" in found.verdict
+    assert found.stable(1) is None
+
+
+def test_the_worse_phase_decides():
+    found = PhaseComparison(a=made_up(0 * T, [1e-3] * 4, 0, "unreliable"), b=made_up(0 * T, [1e-3] * 4, 1))
+    assert found.status == "unreliable" and found.exit_status == 3 and "made up" in found.verdict
+
+
+def test_numbers_for_machines(tmp_path):
+    found = PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(180.0, 1e-3), [3e-3] * 4, 1))
+    found.to_json(tmp_path / "p.json")
+    values = json.loads((tmp_path / "p.json").read_text())
+    assert values["version"] == 1 and values["crossing"]["temperature"] == pytest.approx(180.0)
+    assert len(values["series"]) == 4 and values["details"][0]["series"][0]["temperature"] == 100.0
+    found.to_csv(tmp_path / "p.csv")
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert lines[0].startswith("temperature [K],delta_beta_f_per_atom [kT]") and len(lines) == 5
+    found.write_plot(tmp_path / "p.svg")
+    assert "crossing at" in (tmp_path / "p.svg").read_text() or (tmp_path / "p.svg").stat().st_size > 5000
+    assert "180(3) K" in str(found)
+
+
+def test_a_phase_against_itself_is_zero():
+    """Other random numbers, one crystal: zero within four standard errors, one false alarm in 10^4 a temperature."""
+    system = load("mw_cubic_8")
+    found = ff.compare_phases(system, system, (190.0, 210.0), target_error=1e-2)
+    assert found.status == "converged"
+    assert (np.abs(found.difference) < 4 * found.std_error).all()
+    assert (found.difference != 0).all()
+
+
+def test_phases_of_different_substances_are_refused():
+    other = load({**load("mw_cubic_8").config, "potential": {**load("mw_cubic_8").config["potential"], "lambda": 24.0}})
+    with pytest.raises(InputError, match="potential"):
+        phases.compare_phases(load("mw_cubic_8"), other)
+    with pytest.raises(InputError, match="temperature"):
+        phases.compare_phases(load("mw_cubic_8"), load({**load("mw_cubic_8").config, "temperature": [100.0, 200.0]}))
