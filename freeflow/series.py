@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ from freeflow.types import Plan, System, TemperatureSeries, double_precision
 
 _STEP = 0.01  # of beta, for derivatives by central differences
 _RESAMPLES = 200
-_MARGIN = 0.9  # anchors are estimated to so much of the target error: their neighbours have a little more
+_MARGIN = 0.95  # of the error that an anchor has to reach for its temperature: neighbours have a little more
+_LOOSEST = 3.0  # target errors; anchors beyond would see too few samples
+_MOST_ANCHORS = 3  # at one temperature
 _FURTHEST = 2.5  # target errors up to which an anchor is followed
 _LEAST_SHARE = 0.05  # of an anchor's weight at a temperature; less is not worth the derivatives
 _DISAGREEMENT = 4.0  # standard errors between anchors, or between both sides of the Gibbs-Helmholtz relation
@@ -98,13 +101,13 @@ def estimate_series(
     target = plan.target_error * series.system.n_atoms
     anchors: list[Anchor] = []
     table: list[list[Reach | None]] = [[] for _ in systems]  # by temperature, then anchor
-    tried: set[int] = set()
+    tried: Counter[int] = Counter()
     interrupted = False
     while (at := _next_anchor(table, target, tried)) is not None:
-        tried.add(at)
+        tried[at] += 1
         try:
             tell = _labelled(report, systems[at], len(anchors), begun)
-            anchor = _anchor(systems[at], plan, len(anchors), tell)
+            anchor = _anchor(systems[at], plan, _missing(table[at], target), len(anchors), tell)
             columns = _reaches(anchor, systems, at, target, report)
         except KeyboardInterrupt:
             if not anchors:
@@ -117,6 +120,8 @@ def estimate_series(
         if anchor.result.status == "interrupted":
             interrupted = True
             break
+        if anchor.result.status == "unreliable":  # more of it would be no better
+            tried[at] = _MOST_ANCHORS
     clock.lap("sampling")
     return _result(series, plan, systems, anchors, table, clock, interrupted)
 
@@ -138,9 +143,10 @@ def as_series(problem: TemperatureSeries | System | str | Path | dict[str, Any])
 # ------------------------------------------------------------------------------ anchors
 
 
-def _next_anchor(table: Sequence[Sequence[Reach | None]], target: float, tried: set[int]) -> int | None:
+def _next_anchor(table: Sequence[Sequence[Reach | None]], target: float, tried: Mapping[int, int]) -> int | None:
     """The middle of the longest stretch of temperatures that still need one; None if there is none."""
-    open_ones = [k for k, row in enumerate(table) if k not in tried and not _combined_error(row) <= target]
+    short = [k for k, row in enumerate(table) if not _combined_error(row) <= target]
+    open_ones = [k for k in short if tried[k] < _MOST_ANCHORS]
     if not open_ones:
         return None
     ends = [k for k, after in zip(open_ones, [*open_ones[1:], math.inf], strict=True) if after > k + 1]
@@ -168,10 +174,17 @@ def _combined_error(row: Sequence[Reach | None]) -> float:
     return sum(1 / max(error, 1e-12) ** 2 for error in sound) ** -0.5 if sound else math.nan
 
 
-def _anchor(system: System, plan: Plan, number: int, report: Report) -> Anchor:
-    """The estimate at one temperature, with its samples."""
+def _missing(row: Sequence[Reach | None], target: float) -> float:
+    """Error that a further anchor at a temperature must have for all together to reach the target [kT]."""
+    known = _combined_error(row)
+    rest = 1 / target**2 - (0.0 if math.isnan(known) else 1 / known**2)
+    return min(_MARGIN * rest**-0.5, _LOOSEST * target) if rest > 0 else target
+
+
+def _anchor(system: System, plan: Plan, error: float, number: int, report: Report) -> Anchor:
+    """The estimate at one temperature up to an error [kT], with its samples."""
     seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0]) if number else plan.seed
-    own = replace(plan, seed=seed, target_error=_MARGIN * plan.target_error)
+    own = replace(plan, seed=seed, target_error=error / system.n_atoms)
     result = pipeline.carried_out(system, own, report, Clock(), observe=lambda u: np.asarray(u, np.float32))
     u = result.observed
     return Anchor(system, result, u, _relative_energies(system, u))
