@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-test estimate test slow lint types format build bench clean
+.PHONY: help install install-test estimate test slow lint types docs format build bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,10 @@ lint: $(VENV)/.installed-test  ## check style and format
 
 types: $(VENV)/.installed-test  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed  ## build the documentation into site/
+	@$(PIP_INSTALL) -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-test  ## mend style and format
 	$(BIN)/ruff check --fix .
