@@ -185,13 +185,17 @@ def _anchor(system: System, plan: Plan, error: float, number: int, report: Repor
     """The estimate at one temperature up to an error [kT], with its samples."""
     seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0]) if number else plan.seed
     own = replace(plan, seed=seed, target_error=error / system.n_atoms)
-    result = pipeline.carried_out(system, own, report, Clock(), observe=lambda u: np.asarray(u, np.float32))
-    u = result.observed
+    result = pipeline.carried_out(system, own, report, Clock(), observe=_displacements)
+    u: np.ndarray = result.observed
     return Anchor(system, result, u, _relative_energies(system, u))
 
 
+def _displacements(u: np.ndarray) -> np.ndarray:
+    return np.asarray(u, np.float32)
+
+
 def _relative_energies(system: System, u: np.ndarray) -> np.ndarray:
-    inside = np.isfinite(u).all(axis=(1, 2))
+    inside = np.asarray(np.isfinite(u).all(axis=(1, 2)))
     with double_precision():
         found = energies(system, np.where(inside[:, None, None], u, np.float32(0.0)).astype(np.float64))
     return np.where(inside, found - system.constants["lattice energy"] * system.kt, np.inf)
