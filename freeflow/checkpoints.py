@@ -28,6 +28,7 @@ from freeflow import flows
 from freeflow.errors import InputError
 from freeflow.flows.core import Flow
 from freeflow.geometry import face_distances
+from freeflow.potentials import External, Potential, SpeciesPairs
 from freeflow.references import Gaussian
 from freeflow.result import write_atomically
 from freeflow.types import Crystal, Params, System, double_precision
@@ -201,13 +202,17 @@ def fingerprint(system: System) -> dict[str, Any]:
     """
     crystal, potential = system.crystal, system.potential
     declared = dict(system.config.get("potential", {}))
-    named = {key: value for key, value in declared.items() if key not in {"preset", "nearest_image_only"}}
+    named = {
+        key: value
+        for key, value in declared.items()
+        if key not in {"preset", "nearest_image_only", "folder", "workers"}
+    }
     least = math.gcd(*Counter(crystal.species).values())
     return {
         "name": system.name,
         "units": system.units.name,
         "boltzmann": system.units.boltzmann,
-        "potential": {"name": potential.name, "cutoff": potential.cutoff, "cosine": potential.cosine, **named},
+        "potential": {**_numbers(potential), **named},
         "potential_values": _potential_values(system),
         "temperature": system.temperature,
         "number_density": system.n_atoms / crystal.volume,
@@ -219,12 +224,30 @@ def fingerprint(system: System) -> dict[str, Any]:
     }
 
 
+def _numbers(potential: Any) -> dict[str, Any]:
+    """What any potential is known by."""
+    if isinstance(potential, External):
+        return {"name": potential.name, **potential.values}
+    found = {"name": potential.name, "cutoff": potential.cutoff}
+    return {**found, "cosine": potential.cosine} if isinstance(potential, Potential) else found
+
+
 def _potential_values(system: System) -> list[float]:
-    """Energies [kT] of pairs and strengths of triplets at some distances: potentials without named parameters."""
+    """Numbers that tell potentials without named parameters apart."""
     with double_precision():
-        r2 = jnp.square(system.potential.cutoff * jnp.linspace(0.3, 0.95, 14))
-        pairs = np.asarray(system.potential.pair(r2)) / system.kt
-        weights = np.zeros(0) if system.potential.weight is None else np.asarray(system.potential.weight(r2))
+        if isinstance(system.potential, SpeciesPairs):
+            terms = system.potential.terms
+            return [value for pair in sorted(terms) for value in _radial_values(terms[pair], system.kt)]
+        if isinstance(system.potential, External):
+            return [system.constants["lattice energy"] / system.n_atoms]
+        return _radial_values(system.potential, system.kt)
+
+
+def _radial_values(potential: Potential, kt: float) -> list[float]:
+    """Energies [kT] of pairs and strengths of triplets at some distances."""
+    r2 = jnp.square(potential.cutoff * jnp.linspace(0.3, 0.95, 14))
+    pairs = np.asarray(potential.pair(r2)) / kt
+    weights = np.zeros(0) if potential.weight is None else np.asarray(potential.weight(r2))
     return [float(value) for value in np.nan_to_num(np.concatenate([pairs, weights]))]
 
 

@@ -76,6 +76,7 @@ Examples:
   freeflow sample mw_cubic_64 -n 1000 -o ice.xtc
   freeflow compare mw_cubic_64 md.lammpstrj
   freeflow compare-phases mw_cubic_64 mw_hexagonal_64 --temperature 100:270:10
+  freeflow run many_systems/ -o results
   freeflow validate my_crystal.yaml
 
 Exit status: 0 the target error was reached; 2 bad input; 3 finished, but not reliable or the target
@@ -483,6 +484,72 @@ def train(
     return result.exit_status
 
 
+@cli.command(
+    epilog="""\b
+Examples:
+  freeflow run a.yaml b.yaml mw_cubic_64 -o results
+  freeflow run folder_of_systems -o results --workers 2 --target-error 1e-3
+  freeflow run list.txt -o results --dask tcp://scheduler:8786
+
+Exit status: 0 all reached their target error; 2 bad input; 3 some did not, or failed; 130 interrupted. Begun again
+with the same -o, it goes on with what is missing.""",
+)
+@click.argument("systems", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="DIR", required=True, help="Folder for results.jsonl and a file for each run.")
+@click.option("--workers", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs side by side, here.")
+@click.option("--dask", metavar="ADDRESS", help="Of the scheduler of a Dask cluster that runs them instead.")
+@click.option(
+    "--retries", type=click.IntRange(0, 100), default=1, show_default=True, help="Of a run whose process died."
+)
+@_STOPPING
+@click.option("--seed", type=int, help="Seed of the random numbers.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def run(
+    systems: tuple[str, ...], output: str, workers: int, dask: str | None, retries: int, quiet: bool, **options: Any
+) -> int:
+    """Estimate many SYSTEMS: files, names of shipped systems, folders of .yaml files, or .txt lists of these.
+
+    Each runs in a process of its own, so that one that fails leaves the others alone; one whose process dies is tried
+    again. Every result is a line of DIR/results.jsonl as soon as it is there, and a JSON file of its own.
+    """
+    from freeflow import many_runs
+
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    jobs, broken = many_runs.gather(systems, given)
+    folder = Path(output)
+    tell = (lambda _: None) if quiet else _Lines(len(jobs))
+    try:
+        outcomes = many_runs.run_all(jobs, folder, workers=workers, dask=dask, retries=retries, report=tell)
+    except KeyboardInterrupt:
+        _say(f"freeflow: interrupted; what was complete is in {folder}")
+        return INTERRUPTED
+    outcomes += broken
+    for outcome in broken:
+        many_runs.keep(folder, outcome)
+    width = max(len(outcome.name) for outcome in outcomes)
+    _print("\n".join(f"{o.name:<{width}}  {o.status:<18}  {o.message}" for o in outcomes))
+    if not jobs:
+        return 2
+    return 0 if all(outcome.status == "converged" for outcome in outcomes) else 3
+
+
+class _Lines:
+    """Progress of many runs: what has ended at once, how the others stand now and then."""
+
+    def __init__(self, n_runs: int):
+        self._n_runs, self._n_ended = n_runs, 0
+        self._last: dict[str, float] = {}
+
+    def __call__(self, told: Any) -> None:
+        if told.outcome is not None:
+            self._n_ended += 1
+            state = "done before" if told.recalled else told.outcome.status
+            _say(f"freeflow: {self._n_ended} of {self._n_runs}: {told.name}: {state}, {told.text}")
+        elif time.monotonic() - self._last.get(told.name, -LINE_EVERY_SECONDS) >= LINE_EVERY_SECONDS:
+            self._last[told.name] = time.monotonic()
+            _say(f"freeflow: {told.name}: {told.text}")
+
+
 @cli.command(epilog="\b\nExamples:\n  freeflow systems\n  freeflow systems --json")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
 def systems(as_json: bool) -> int:
@@ -841,7 +908,11 @@ def _facts(system: System | Solution | TemperatureSeries) -> Iterator[tuple[str,
         ", ".join("[" + ", ".join(f"{x:.6g}" for x in row) + "]" for row in crystal.cell.tolist()),
     )
     yield f"number density [1/{units.length}^3]", f"{n / crystal.volume:.8g}"
-    yield f"cutoff [{units.length}]", f"{system.potential.cutoff:.8g}"
+    if system.potential.cutoff is not None:
+        yield f"cutoff [{units.length}]", f"{system.potential.cutoff:.8g}"
+    if len(set(system.wavelengths)) > 1 or "masses" in system.config:
+        for name, value in system.wavelengths.items():
+            yield f"thermal wavelength of {name} [{units.length}]", f"{value:.8g}"
     yield f"kT [{units.energy}]", f"{system.kt:.10g}"
     if "lattice energy" in system.constants:
         yield f"lattice energy [{units.energy} per atom]", f"{system.constants['lattice energy'] * system.kt / n:.8g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,23 @@ from freeflow.geometry import (
     NeighbourTable,
     Translations,
     face_distances,
-    nearest_image_table,
+    is_orthorhombic,
     nearest_neighbour_distance,
-    neighbour_table,
     smith_form,
 )
-from freeflow.potentials import Potential, atomic_energies_at_rest, bind
+from freeflow.potentials import (
+    CrystalEnergy,
+    External,
+    Potential,
+    RelativeEnergy,
+    SpeciesPairs,
+    bind,
+    check,
+    on_crystal,
+)
 from freeflow.symmetries import crystal_operations, primitive_cell
 from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState
-from freeflow.units import UnitStyle
+from freeflow.units import UnitStyle, thermal_wavelength_of
 
 # Sites closer than this fraction of the mean spacing to a symmetric position are put onto it.
 _SYMMETRY_TOLERANCE = 1e-4
@@ -37,6 +45,7 @@ def lattice_crystal(
     repeats: tuple[int, int, int],
     number_density: float | None = None,
     lattice_constant: float | None = None,
+    species: Sequence[str] = ("X",),
 ) -> Crystal:
     """Repeats of the conventional cell of a named lattice.
 
@@ -45,9 +54,11 @@ def lattice_crystal(
         repeats: How often the conventional cell is repeated along its three vectors.
         number_density: Atoms per volume [1/length**3]; this or
         lattice_constant: Edge a of the conventional cell [length].
+        species: Chemical symbol of the atoms, or of each kind of them in lattices of several kinds.
 
     Raises:
-        InputError: If the lattice is unknown, or its size is not given exactly once, or not positive.
+        InputError: If the lattice is unknown, or its size is not given exactly once, or not positive, or its atoms
+            are of another number of kinds.
     """
     if lattice not in LATTICES:
         raise InputError(f"crystal.lattice: no lattice {lattice!r}; use one of {', '.join(LATTICES)}")
@@ -63,7 +74,11 @@ def lattice_crystal(
     if not (lattice_constant is not None and lattice_constant > 0):
         raise InputError(f"crystal.lattice_constant: must be positive, got {lattice_constant}")
     cell = shape.cell * lattice_constant
-    return _repeated(cell, shape.basis @ cell, ("X",) * len(shape.basis), repeats, shape.description)
+    kinds = shape.kinds or (0,) * len(shape.basis)
+    if len(species) != max(kinds) + 1:
+        many = f"{max(kinds) + 1} kinds of atoms"
+        raise InputError(f"crystal.species: {lattice} has {many}, but {len(species)} are named; give e.g. [Na, Cl]")
+    return _repeated(cell, shape.basis @ cell, tuple(species[kind] for kind in kinds), repeats, shape.description)
 
 
 def structure_crystal(file: str | Path, repeats: tuple[int, int, int] = (1, 1, 1)) -> Crystal:
@@ -152,10 +167,10 @@ def _refuse_coinciding(cell: np.ndarray, sites: np.ndarray, spacing: float) -> N
 def crystal_system(
     name: str,
     crystal: Crystal,
-    potential: Potential,
+    potential: Potential | SpeciesPairs | External,
     units: UnitStyle,
     temperature: float,
-    thermal_wavelength: float,
+    thermal_wavelength: float | Mapping[str, float],
     nearest_image_only: bool = False,
     plan: Plan | None = None,
     published: Published | None = None,
@@ -166,7 +181,9 @@ def crystal_system(
     Configurations are displacements from the sites with their mean fixed at zero; the target's
     reduced potential is beta (U - U(lattice)). The constants follow the Frenkel-Ladd / Polson
     convention (Polson et al., J. Chem. Phys. 112, 5339, 2000) with fixed labelling:
-    beta F = beta U(lattice) - ln[sqrt(N) (V / Lambda^3) Z_u / Lambda^(3 (N - 1))].
+    beta F = beta U(lattice) - ln[sqrt(N) (V / Lambda^3) Z_u / Lambda^(3 (N - 1))]. With several species
+    the constraint is still on the plain mean of the displacements, so that masses enter through the
+    wavelengths alone, and Lambda is their geometric mean over the atoms (docs/potentials.md).
 
     Args:
         name: Name to report.
@@ -174,7 +191,7 @@ def crystal_system(
         potential: The potential energy.
         units: Unit style of every number here.
         temperature: In the unit style's unit.
-        thermal_wavelength: Lambda [length].
+        thermal_wavelength: Lambda [length], of all atoms or by species.
         nearest_image_only: Evaluate every pair once, at its nearest image (the papers' small boxes).
         plan: How to estimate, if not by default.
         published: A value to compare with.
@@ -186,35 +203,36 @@ def crystal_system(
     """
     if not temperature > 0:
         raise InputError(f"temperature: must be positive, got {temperature:g} {units.temperature}")
-    if not thermal_wavelength > 0:
-        raise InputError(f"thermal_wavelength: must be positive, got {thermal_wavelength:g} {units.length}")
+    wavelengths = _by_species(thermal_wavelength, crystal, units)
+    mean_wavelength = math.exp(sum(math.log(wavelengths[name]) for name in crystal.species) / crystal.n_atoms)
     if crystal.n_atoms < 2:
         raise InputError("crystal.repeats: a crystal needs at least 2 atoms; repeat the cell")
     half = face_distances(crystal.cell).min() / 2
-    if nearest_image_only:
-        table = nearest_image_table(crystal)
-    elif potential.cutoff > half:
+    if nearest_image_only and not is_orthorhombic(crystal.cell):
+        raise InputError("nearest_image_only works in orthorhombic cells only; use a larger box instead")
+    if potential.cutoff is not None and potential.cutoff > half and not nearest_image_only:
         raise InputError(
             f"potential.cutoff: the cutoff {potential.cutoff:g} {units.length} exceeds half the box ({half:.6g}); "
             "repeat the cell more often, or set potential.nearest_image_only: true to see each pair once"
         )
-    else:
-        # Wide enough for every displacement that still counts as this crystal: see target_ensemble.
-        table = neighbour_table(crystal, potential.cutoff + nearest_neighbour_distance(crystal))
     beta = 1.0 / (units.boltzmann * temperature)
-    at_rest = atomic_energies_at_rest(potential, table)
-    energy_of_lattice = float(at_rest.sum())
+    if isinstance(potential, External):
+        check(potential, crystal, 1.0 / beta)
+    energy = on_crystal(potential, crystal, nearest_image_only)
+    energy_of_lattice = energy.lattice_energy()
     if not math.isfinite(energy_of_lattice):
         raise InputError("potential: the energy of the perfect lattice is not a finite number; check density and units")
+    spacing = nearest_neighbour_distance(crystal)
     n = crystal.n_atoms
     constants = {
         "lattice energy": beta * energy_of_lattice,
-        "centre of mass": -0.5 * math.log(n) - math.log(crystal.volume / thermal_wavelength**3),
-        "thermal wavelength": 3 * (n - 1) * math.log(thermal_wavelength),
+        "centre of mass": -0.5 * math.log(n) - math.log(crystal.volume / mean_wavelength**3),
+        "thermal wavelength": 3 * (n - 1) * math.log(mean_wavelength),
     }
     return System(
         name=name,
-        target=target_ensemble(potential, table, reach=0.5 * nearest_neighbour_distance(crystal), at_rest=at_rest),
+        # The energy is good for every displacement that still counts as this crystal.
+        target=crystal_ensemble(energy.relative(spacing, "float64"), reach=0.5 * spacing),
         state=ThermodynamicState(np.float64(beta), np.float64(0.0)),
         constants=constants,
         units=units,
@@ -222,7 +240,8 @@ def crystal_system(
         crystal=crystal,
         potential=potential,
         nearest_image_only=nearest_image_only,
-        thermal_wavelength=thermal_wavelength,
+        thermal_wavelength=mean_wavelength,
+        wavelengths=wavelengths,
         plan=plan or Plan(),
         published=published,
         config=config or {},
@@ -230,7 +249,7 @@ def crystal_system(
 
 
 def at_temperature(system: System, temperature: float) -> System:
-    """The same crystal at another temperature; kernels that are compiled serve it too.
+    """The same crystal at another temperature, with the same Lambda; kernels that are compiled serve it too.
 
     Args:
         system: A crystal.
@@ -251,8 +270,16 @@ def at_temperature(system: System, temperature: float) -> System:
         state=system.state._replace(beta=np.float64(beta)),
         constants={**system.constants, "lattice energy": beta * energy_of_lattice},
         published=None,
-        config={**system.config, "temperature": temperature} if system.config else system.config,
+        config={**_with_wavelengths(system), "temperature": temperature} if system.config else system.config,
     )
+
+
+def _with_wavelengths(system: System) -> dict[str, Any]:
+    """The resolved file with thermal wavelengths in the place of masses, which would give others elsewhere."""
+    if "masses" not in system.config:
+        return dict(system.config)
+    values = {key: value for key, value in system.config.items() if key != "masses"}
+    return {**values, "thermal_wavelength": dict(system.wavelengths)}
 
 
 def target_ensemble(
@@ -274,7 +301,11 @@ def target_ensemble(
             reach misses no pair inside.
         at_rest: Energies of the atoms in the perfect lattice (n_atoms,) [energy], if they are known already.
     """
-    energy = bind(potential, table, dtype, at_rest)
+    return crystal_ensemble(bind(potential, table, dtype, at_rest), reach)
+
+
+def crystal_ensemble(energy: RelativeEnergy, reach: float | None = None) -> Ensemble:
+    """The same of an energy of displacements, relative to the lattice's."""
 
     def reduced_potential(u: Array, state: ThermodynamicState) -> Array:
         value = state.beta * energy(u)
@@ -283,3 +314,63 @@ def target_ensemble(
         return jnp.where(jnp.max(jnp.sum(u * u, axis=1)) < reach**2, value, jnp.inf)
 
     return Ensemble(reduced_potential=reduced_potential)
+
+
+def energy_of(system: System) -> CrystalEnergy:
+    """A system's potential on its crystal."""
+    return on_crystal(system.potential, system.crystal, system.nearest_image_only)
+
+
+def _by_species(wavelength: float | Mapping[str, float], crystal: Crystal, units: UnitStyle) -> dict[str, float]:
+    """Thermal wavelength of every species of the crystal [length]."""
+    present = list(dict.fromkeys(crystal.species))
+    given: dict[str, float] = (
+        dict(wavelength) if isinstance(wavelength, Mapping) else dict.fromkeys(present, wavelength)
+    )
+    require_all_species("thermal_wavelength", given, crystal)
+    for value in given.values():
+        if not value > 0:
+            raise InputError(f"thermal_wavelength: must be positive, got {value:g} {units.length}")
+    return given
+
+
+def require_all_species(key: str, given: Mapping[str, float], crystal: Crystal) -> None:
+    """Whether a number per species is there for those of the crystal, and for no others.
+
+    Raises:
+        InputError: If one is missing or one too many.
+    """
+    present = list(dict.fromkeys(crystal.species))
+    holds = f"the crystal holds {' and '.join(present)}"
+    for name in present:
+        if name not in given:
+            raise InputError(f"{key}: none given for {name}; {holds}")
+    for name in given:
+        if name not in present:
+            raise InputError(f"{key}: {name} is no species of this crystal; {holds}")
+
+
+def masses_of(crystal: Crystal) -> dict[str, float]:
+    """Standard atomic weight of every species [dalton], as ASE has them (IUPAC 2016).
+
+    Raises:
+        InputError: If a species is no element.
+    """
+    from ase.data import atomic_masses, atomic_numbers
+
+    found = {}
+    for name in dict.fromkeys(crystal.species):
+        number = atomic_numbers.get(name, 0)
+        if number == 0:
+            raise InputError(f"thermal_wavelength: missing; atoms called {name} have no mass to find it from")
+        found[name] = float(atomic_masses[number])
+    return found
+
+
+def wavelengths_from_masses(masses: Mapping[str, float], units: UnitStyle, temperature: float) -> dict[str, float]:
+    """h / sqrt(2 pi m kT) of every species [length]; masses in dalton.
+
+    Raises:
+        InputError: In reduced units, which know no Planck constant.
+    """
+    return {name: thermal_wavelength_of(mass, units, temperature) for name, mass in masses.items()}

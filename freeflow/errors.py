@@ -27,3 +27,7 @@ class PrecisionError(FreeflowError):
 
 class UnavailableError(FreeflowError):
     """An ensemble or a transport was asked for something that it cannot do."""
+
+
+class CalculatorError(FreeflowError):
+    """Another program that was to give energies did not: it failed, or its process died."""

@@ -20,6 +20,7 @@ class Lattice(NamedTuple):
     cell: np.ndarray  # (3, 3) rows, in units of the lattice constant a
     basis: np.ndarray  # (n_basis, 3) fractional
     description: str
+    kinds: tuple[int, ...] = ()  # which of the species a basis atom is; empty: one species
 
 
 _SQRT3 = np.sqrt(3.0)
@@ -53,6 +54,15 @@ LATTICES = {
     "diamond": Lattice(np.eye(3), np.concatenate([_FCC, _FCC + 0.25]), "diamond, 8 atoms per cubic cell"),
     "hexagonal_ice": Lattice(
         np.diag([1.0, _SQRT3, _IDEAL]), _HEXAGONAL_ICE, "hexagonal ice, ideal c/a, 8 atoms per orthorhombic cell"
+    ),
+    "rocksalt": Lattice(
+        np.eye(3), np.concatenate([_FCC, _FCC + 0.5]), "rock salt, 8 atoms per cubic cell", (0, 0, 0, 0, 1, 1, 1, 1)
+    ),
+    "cesium_chloride": Lattice(
+        np.eye(3), np.array([[0, 0, 0], [0.5, 0.5, 0.5]]), "cesium chloride, 2 atoms per cubic cell", (0, 1)
+    ),
+    "zincblende": Lattice(
+        np.eye(3), np.concatenate([_FCC, _FCC + 0.25]), "zinc blende, 8 atoms per cubic cell", (0, 0, 0, 0, 1, 1, 1, 1)
     ),
 }
 
@@ -157,8 +167,8 @@ class NeighbourTable(NamedTuple):
         return int((~far).sum()) if self.empty is None else int((~self.empty).sum())
 
 
-def neighbour_table(crystal: Crystal, radius: float) -> NeighbourTable:
-    """All pairs of sites, periodic images included, up to `radius` [length]."""
+def neighbour_table(crystal: Crystal, radius: float, between: tuple[str, str] | None = None) -> NeighbourTable:
+    """All pairs of sites, periodic images included, up to `radius` [length]; of two species only, if asked."""
     from vesin import NeighborList
 
     n_basis = crystal.site_of.shape[1]
@@ -168,6 +178,8 @@ def neighbour_table(crystal: Crystal, radius: float) -> NeighbourTable:
     # Bonds of the atoms of one primitive cell stand for all; of the two directions of a bond keep one.
     translation, basis = site_indices(crystal)
     kept = (translation[first] == 0) & _leading(separation)
+    if between is not None:
+        kept &= _are_between(crystal, first, second, between)
     first, second, separation = first[kept], second[kept], separation[kept]
     order = np.lexsort((*np.round(separation, 6).T, basis[second], basis[first]))
     bonds = [(int(basis[first[k]]), int(basis[second[k]]), int(second[k]), separation[k]) for k in order]
@@ -191,8 +203,14 @@ def neighbour_table(crystal: Crystal, radius: float) -> NeighbourTable:
     return NeighbourTable(partner_of, np.argsort(partner_of, axis=1), np.array(offset), radius)
 
 
-def nearest_image_table(crystal: Crystal) -> NeighbourTable:
-    """Every pair of atoms once, with its nearest image found at run time.
+def _are_between(crystal: Crystal, i: np.ndarray, j: np.ndarray, kinds: tuple[str, str]) -> np.ndarray:
+    """Whether pairs of atoms are of these two species, one each."""
+    a, b = (np.array(crystal.species) == kind for kind in kinds)
+    return (a[i] & b[j]) | (b[i] & a[j])
+
+
+def nearest_image_table(crystal: Crystal, between: tuple[str, str] | None = None) -> NeighbourTable:
+    """Every pair of atoms once, with its nearest image found at run time; of two species only, if asked.
 
     This is what the papers' code does in boxes smaller than twice the cutoff; it is not the
     energy of the periodic crystal.
@@ -210,6 +228,8 @@ def nearest_image_table(crystal: Crystal) -> NeighbourTable:
     offset -= box * np.round(offset / box)
     # With an even number of atoms the last shift meets every pair twice.
     empty = np.broadcast_to((2 * shifts[:, None] == n) & (atoms[None] >= n // 2), partner.shape)
+    if between is not None:
+        empty = empty | ~_are_between(crystal, np.broadcast_to(atoms, partner.shape), partner, between)
     return NeighbourTable(
         partner, np.argsort(partner, axis=1), offset, float(np.linalg.norm(box) / 2), box, np.array(empty)
     )

@@ -216,7 +216,7 @@ def _estimator(run: Run, samples: Samples) -> Estimator:
 def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equilibrium, report: Report) -> Frames:
     """Reverse work of the frames: of all in memory without a bridge, of independent ones where each has to cross it."""
     stages = int(crossing.schedule.counts.sum())
-    most = 2 * fewest_samples(run.system.n_atoms) if stages else run.plan.max_samples
+    most = 2 * fewest_samples(run.system) if stages else run.plan.max_samples
     displacements, inefficiency = frames.frames(min(most, max(2, math.ceil(frames.effective))) if stages else most)
     planned, moved = len(displacements) * max(stages, 1), 0
 
@@ -271,7 +271,7 @@ def _draw(
     """The work of `_sample_until`: fills `samples`, keeps in `jobs` what is under way."""
     plan, sampler, limit = run.plan, run.sampler, crossing.max_samples
     bridged = len(crossing.schedule.counts) > 0
-    fewest = fewest_samples(run.system.n_atoms) if bridged else _MIN_SAMPLES_DIRECT
+    fewest = fewest_samples(run.system) if bridged else _MIN_SAMPLES_DIRECT
     rule = StoppingRule(run.target_error, limit, min_samples=min(fewest, limit))
     told, begun = _Teller(run, crossing.schedule, report), 0
     settle = _SETTLE if plan.estimator == "bar" and samples.frames is None else 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,11 +17,11 @@ from jaxtyping import Array
 from freeflow import bridge as bridges
 from freeflow import checkpoints, memory, references, team, training
 from freeflow.bridge import BridgeParams, Pilot, Schedule
-from freeflow.crystals import target_ensemble
+from freeflow.crystals import crystal_ensemble, energy_of
 from freeflow.errors import InputError
 from freeflow.flows import Flow, pulled_back
-from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, neighbour_table
-from freeflow.potentials import Potential, force_constants
+from freeflow.geometry import nearest_neighbour_distance
+from freeflow.potentials import External, many_body
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import format_with_error
 from freeflow.trajectories import Equilibrium, equilibrium, frame_series
@@ -40,15 +40,35 @@ _WORK_VARIANCE = (0.08, 1.0)
 _MIN_SAMPLES_LARGE, _MIN_SAMPLES, _MIN_SAMPLES_SMALL = 64, 160, 1024
 _SAMPLES_TIMES_ATOMS, _SAMPLES_TIMES_ATOMS_LARGE = 2**16, 2**19
 _FEWEST_STAGES = 32
-_TRIAL_SAMPLES = 512  # of a flow; a bridge follows unless their work varies by less than this [kT^2]
+# Samples of a flow, or fewer of a dear potential; a bridge follows unless their work varies by less than this [kT^2].
+_TRIAL_SAMPLES = 512
 _WORK_VARIANCE_DIRECT = 1.5
 _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
-_SECOND_PILOT = (96, 1_000)  # stages, at least and at most
 _MAX_STAGES = 50_000
 _MELTED = 0.1  # share of trial samples with an atom off its site at which a run is cut short
 # Memory that a sample on its way takes for every atom in float32, compiled kernels measured: up to 300.
 _BYTES_PER_ATOM = 400
+_BATCH_OUTSIDE = 16  # samples that move together where a potential is not ours
 _BLUR = 0.02  # rounding error of the whole crystal's energy that float32 kernels may have [kT]
+
+
+class Effort(NamedTuple):
+    """How many evaluations preparations may take, where samples are cheap and where every one counts."""
+
+    fit_samples: int  # of every iteration of the reference's fit
+    pilot_samples: int
+    second_pilot: tuple[int, int]  # stages, at least and at most
+    trial_samples: int | None  # that tell whether the reference alone will do, without a bridge; None: not asked
+    most_to_begin_with: int  # samples over the bridge that an error bar is first asked from
+
+
+_CHEAP = Effort(256, 128, (96, 1_000), None, _MIN_SAMPLES_SMALL)
+_DEAR = Effort(64, 32, (32, 300), 128, 2 * _MIN_SAMPLES)
+
+
+def effort(system: System) -> Effort:
+    """What preparations for a system may cost: potentials that are not ours count as dear."""
+    return _DEAR if isinstance(system.potential, External) else _CHEAP
 
 
 class Progress(NamedTuple):
@@ -224,17 +244,13 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
         learned: A flow that the target is seen through.
         batch: Samples that move together; as many as are good, and fit into the memory, by default.
     """
-    crystal, potential, beta = system.crystal, system.potential, float(system.state.beta)
+    crystal, energy, beta = system.crystal, energy_of(system), float(system.state.beta)
     recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
 
     def seen(target: Ensemble) -> Ensemble:
         return target if learned is None else pulled_back(learned.flow, learned.params, target)
 
-    if system.nearest_image_only:
-        near = nearest_image_table(crystal)
-    else:
-        near = neighbour_table(crystal, 1.0001 * potential.cutoff)
-    columns = force_constants(potential, near, crystal.site_of[0])
+    columns = energy.force_constants(crystal.site_of[0])
     if not np.isfinite(columns).all():
         raise InputError("potential: the forces near the perfect lattice are not finite; check density and units")
     if not columns.any():
@@ -249,24 +265,33 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
             f"the perfect lattice is not a minimum of the energy: {unstable.count} imaginary modes, the strongest at "
             f"wave vector {unstable.wave} of {crystal.group}; the {plan.reference} reference goes round them"
         )
-    if not system.nearest_image_only:
-        reach = nearest_neighbour_distance(crystal)
-        if learned is None or learned.flow.transferable:  # others start from wider references than the crystal's own
-            reach = min(_SKIN * math.sqrt(2.0) * references.root_mean_square(crystal, blocks), reach)
-        near = neighbour_table(crystal, potential.cutoff + reach)
+    reach = nearest_neighbour_distance(crystal)
+    if learned is None or learned.flow.transferable:  # others start from wider references than the crystal's own
+        reach = min(_SKIN * math.sqrt(2.0) * references.root_mean_square(crystal, blocks), reach)
     precision = _precision(system, plan, run_warnings)
-    cheap = target_ensemble(potential, near, precision)
+    cheap = crystal_ensemble(energy.relative(reach, precision))
     transport = bridges.bridge(recipe, seen(cheap), precision)
-    good = batch_size(potential, crystal.n_atoms)
-    batch = batch or fitting_batch(potential, crystal.n_atoms, precision)
+    good = batch_size(system.potential, crystal.n_atoms)
+    batch = batch or fitting_batch(system.potential, crystal.n_atoms, precision)
     if batch < good:
         run_warnings.append(
             f"memory is short: {batch} samples at a time instead of {good}, which also draws other random numbers"
         )
     coordinates = PLAIN if learned is None else _through(learned, system.state)
-    sampler = BridgeSampler(recipe, transport, seen(system.target), system.state, batch, plan.seed, coordinates)
+    sampler = BridgeSampler(
+        recipe,
+        transport,
+        seen(system.target),
+        system.state,
+        batch,
+        plan.seed,
+        coordinates,
+        # Other processes share a batch; one batch at a time keeps them all busy.
+        workers=1 if energy.on_host else None,
+        require=energy.require,
+    )
     if team.is_first():  # every process does this for itself
-        sampler.energy_evaluations["reference"] += 2 * columns.shape[2]  # a column costs a forward derivative
+        sampler.energy_evaluations["reference"] += energy.evaluations_per_column * columns.shape[2]
     try:
         if learned is None:
             like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
@@ -299,6 +324,8 @@ def _in_float64(params: Params) -> Params:
 
 def _precision(system: System, plan: Plan, warnings: list[str]) -> str:
     """The plan's precision, or float64 where float32 would blur the energy by a noticeable part of kT."""
+    if isinstance(system.potential, External):
+        return "float64"
     scale = abs(system.constants["lattice energy"]) / system.n_atoms  # of an atom's energy [kT]
     blur = float(np.finfo(np.float32).eps) * scale * math.sqrt(system.n_atoms)
     if plan.precision == "float64" or blur < _BLUR:
@@ -307,17 +334,19 @@ def _precision(system: System, plan: Plan, warnings: list[str]) -> str:
     return "float64"
 
 
-def batch_size(potential: Potential, n_atoms: int) -> int:
+def batch_size(potential: Any, n_atoms: int) -> int:
     """Samples that move together: enough to fill vector units, few enough for the cache."""
+    if isinstance(potential, External):
+        return _BATCH_OUTSIDE
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
-    if potential.weight is None:
+    if not many_body(potential):
         # Pair kernels go through tiles of atoms, whatever their number.
         return int(np.clip(2 ** round(math.log2(2**19 / n_atoms)), 16, 64))
     return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
 
 
-def fitting_batch(potential: Potential, n_atoms: int, precision: str) -> int:
+def fitting_batch(potential: Any, n_atoms: int, precision: str) -> int:
     """`batch_size`, or less where half of the free memory does not hold as much on every core or device."""
     wanted, free = batch_size(potential, n_atoms), memory.free_memory()
     if free is None:
@@ -350,14 +379,14 @@ def fit_reference(run: Run, report: Report) -> Fit:
         run.sampler.evaluate,
         plan.seed,
         isotropic=plan.reference == "einstein",
-        n_samples=run.sampler.batch * max(2, _fit_samples(crystal.n_atoms) // run.sampler.batch),
+        n_samples=run.sampler.batch * max(2, _fit_samples(run.system) // run.sampler.batch),
         progress=tell,
     )
 
 
-def _fit_samples(n_atoms: int) -> int:
+def _fit_samples(system: System) -> int:
     """Samples per iteration of the reference's fit: averages run over the crystal's translations, too."""
-    return int(np.clip(2 ** round(math.log2(2**21 / n_atoms)), 16, 256))
+    return int(np.clip(2 ** round(math.log2(2**21 / system.n_atoms)), 16, effort(system).fit_samples))
 
 
 class Crossings(NamedTuple):
@@ -373,21 +402,28 @@ def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
     """How many stages the bridge gets, where they lie and how large their steps are."""
     if run.plan.bridge is None:
         return _no_bridge(run)
+    spend = effort(run.system)
+    trial = spend.trial_samples if run.flow is None else _TRIAL_SAMPLES
     if (
-        run.flow is not None
+        trial is not None
         and run.plan.bridge == "auto"
         and run.plan.estimator == "fep"
-        and _needs_no_bridge(run, gaussian)
+        and _needs_no_bridge(run, gaussian, trial)
     ):
         return _no_bridge(run)
     report(Progress("tuning", 0.0, "first trial crossing"))
-    pilot = run.sampler.pilot(gaussian, lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")))
+    pilot = run.sampler.pilot(
+        gaussian,
+        lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")),
+        n_samples=spend.pilot_samples,
+    )
     # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
-    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *_SECOND_PILOT))
+    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
     pilot = run.sampler.pilot(
         gaussian,
         lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
         bridges.schedule_from(pilot, slower),
+        spend.pilot_samples,
     )
     if isinstance(run.plan.bridge, int):
         return Crossings(bridges.schedule_from(pilot, run.plan.bridge), pilot, math.inf, run.plan.max_samples)
@@ -408,11 +444,11 @@ def _no_bridge(run: Run) -> Crossings:
     return Crossings(none, None, math.inf, run.plan.max_samples)
 
 
-def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
-    """Whether samples that a flow carries over at once have weights even enough to be averaged."""
+def _needs_no_bridge(run: Run, gaussian: Gaussian, n_samples: int) -> bool:
+    """Whether samples that are carried over at once, by a flow or as they are, have weights even enough."""
     none = BridgeParams(gaussian, _no_bridge(run).schedule)
     # Far from the batches of the run, so that no random number serves twice.
-    batches = range(2**30, 2**30 + -(-_TRIAL_SAMPLES // run.sampler.batch))
+    batches = range(2**30, 2**30 + -(-n_samples // run.sampler.batch))
     arrived = team.gathered(completed(run.sampler.cross(none, batches), wait_for_all=True))
     work = np.concatenate([crossing.forward for crossing in arrived])
     spent = run.sampler.energy_evaluations
@@ -420,10 +456,11 @@ def _needs_no_bridge(run: Run, gaussian: Gaussian) -> bool:
     return bool(np.isfinite(work).all()) and float(work.var()) < _WORK_VARIANCE_DIRECT
 
 
-def fewest_samples(n_atoms: int) -> int:
+def fewest_samples(system: System) -> int:
     """Samples over a bridge that an error bar can be had from."""
+    n_atoms = system.n_atoms
     fewest = int(np.clip(_SAMPLES_TIMES_ATOMS_LARGE // n_atoms, _MIN_SAMPLES_LARGE, _MIN_SAMPLES))
-    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, fewest, _MIN_SAMPLES_SMALL))
+    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, fewest, effort(system).most_to_begin_with))
 
 
 def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
@@ -434,7 +471,7 @@ def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
     can be had from.
     """
     length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
-    n = min(fewest_samples(run.system.n_atoms), run.plan.max_samples)
+    n = min(fewest_samples(run.system), run.plan.max_samples)
     variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
     stages = int(np.clip(math.ceil(2 * length2 / variance), _FEWEST_STAGES, _MAX_STAGES))
     return stages, 2 * length2 / stages

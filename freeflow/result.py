@@ -195,7 +195,11 @@ class Result:
             },
             "temperature": {"value": self.system.temperature, "unit": units.temperature},
             "boltzmann": {"value": units.boltzmann, "unit": _boltzmann_unit(self.system)},
-            "thermal_wavelength": {"value": self.system.thermal_wavelength, "unit": units.length},
+            "thermal_wavelength": {
+                "value": self.system.thermal_wavelength,
+                "unit": units.length,
+                "by_species": dict(self.system.wavelengths),
+            },
             "provenance": dict.fromkeys(("freeflow", "jax", "device", "seed", "config"))
             | {"seed": self.plan.seed, "config": self.system.config}
             | dict(self.provenance),
@@ -296,7 +300,7 @@ class Result:
         return [
             ("labels", "atoms belong to their sites; permutations not counted", ""),
             ("centre of mass", "free in the box", ""),
-            ("Lambda", f"{self.system.thermal_wavelength:.10g} {units.length}", ""),
+            ("Lambda", f"{self.system.thermal_wavelength:.10g} {units.length}", _by_species(self.system)),
             ("k_B", f"{units.boltzmann:.10g} {_boltzmann_unit(self.system)}", ""),
             ("kT", f"{self.system.kt:.10g} {units.energy}", ""),
         ]
@@ -516,6 +520,13 @@ def in_words(system: System) -> str:
     potential = getattr(system.potential, "name", "")
     at = f"{system.temperature:g} {system.units.temperature}"
     return ", ".join(part for part in (crystal, f"{system.n_atoms} atoms", potential, at) if part)
+
+
+def _by_species(system: System) -> str:
+    """Thermal wavelengths where there are several; what stands beside it is their geometric mean over the atoms."""
+    if len(set(system.wavelengths.values())) < 2:
+        return ""
+    return ", ".join(f"{name} {value:.6g}" for name, value in system.wavelengths.items())
 
 
 def _boltzmann_unit(system: System) -> str:

@@ -287,13 +287,14 @@ class System:
     units: UnitStyle
     temperature: float  # in the unit style's own unit (K, or epsilon/k_B)
     crystal: Crystal
-    potential: Any  # freeflow.potentials.Potential
-    thermal_wavelength: float  # [length]
+    potential: Any  # freeflow.potentials.Potential, SpeciesPairs or External
+    thermal_wavelength: float  # geometric mean over the atoms [length]
     nearest_image_only: bool = False
     symmetries: tuple[Symmetry, ...] = ()
     plan: Plan = field(default_factory=Plan)
     published: Published | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  # everything resolved, for provenance
+    wavelengths: Mapping[str, float] = field(default_factory=dict)  # thermal wavelength of every species [length]
 
     @property
     def n_atoms(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from freeflow.errors import InputError
@@ -41,3 +42,32 @@ def unit_style(name: str, boltzmann: float | None = None) -> UnitStyle:
     if name not in UNIT_STYLES:
         raise InputError(f"units: no style {name!r}; use one of {', '.join(UNIT_STYLES)}")
     return UNIT_STYLES[name].with_boltzmann(boltzmann)
+
+
+# CODATA 2018, exact but for the dalton.
+_PLANCK, _DALTON = 6.62607015e-34, 1.66053906660e-27  # [J s], [kg]
+_JOULES = {"real": 4184.0 / 6.02214076e23, "metal": 1.602176634e-19}  # in a unit of energy
+_ANGSTROM = 1e-10
+
+
+def thermal_wavelength_of(mass: float, units: UnitStyle, temperature: float) -> float:
+    """Thermal de Broglie wavelength h / sqrt(2 pi m kT) [length].
+
+    Args:
+        mass: Of one atom [dalton].
+        units: Unit style; its Boltzmann constant counts.
+        temperature: In the style's unit.
+
+    Raises:
+        InputError: In reduced units, which know no Planck constant.
+    """
+    if units.name not in _JOULES:
+        raise InputError(
+            f"thermal_wavelength: {units.name} units know no Planck constant to find it from masses; give it"
+        )
+    kt = units.boltzmann * temperature * _JOULES[units.name]
+    return _PLANCK / math.sqrt(2 * math.pi * mass * _DALTON * kt) / _ANGSTROM
+
+
+# One eV, the unit of ASE, in the energy of a style; in reduced units the numbers stay as they are.
+ELECTRON_VOLT = {"lj": 1.0, "real": _JOULES["metal"] / _JOULES["real"], "metal": 1.0}

@@ -108,10 +108,13 @@ class BridgeSampler:
         batch: int,
         seed: int,
         coordinates: Coordinates = PLAIN,
+        workers: int | None = None,
+        require: Callable[[], None] = lambda: None,
     ):
         self.recipe, self.bridge, self.target = recipe, bridge, target
         self.state, self.batch, self.seed, self.coordinates = state, batch, seed, coordinates
-        self.workers = n_workers()
+        self.workers = workers or n_workers()
+        self._require = require  # raises what went wrong outside JAX, in another program that gives energies
         self.energy_evaluations: Counter[str] = Counter()  # training, reference, tuning, sampling, checks
         self.devices = jax.local_devices()
         self._place = threading.local()
@@ -212,12 +215,14 @@ class BridgeSampler:
         """A batch along one segment, "forward" or "reverse"; evaluations are booked under `purpose`."""
         moved = self.compile(name, gaussian).result()(gaussian, keys, walker, segment, self.state)
         moved = jax.block_until_ready(moved)
+        self._require()
         self._count(purpose, int(segment.count))
         return moved
 
     def correct(self, gaussian: Gaussian, walker: Walker, purpose: str = "checks") -> np.ndarray:
         """Exact target minus the kernel that a batch moves by (batch,) [kT]."""
         correction = np.asarray(self.compile("exact", gaussian).result()(gaussian, walker))
+        self._require()
         self._count(purpose, 1)
         return correction
 
@@ -367,11 +372,11 @@ class BridgeSampler:
         gaussian: Gaussian,
         on_segment: Callable[[float], None] = lambda _: None,
         schedule: Schedule | None = None,
-        n_batches: int | None = None,
+        n_samples: int = _PILOT_SAMPLES,
     ) -> Pilot:
         """Trial crossing at its own pace (`freeflow.bridge.Pace`) or a schedule's; calls back with lambda."""
-        samples = int(np.clip(_PILOT_ATOMS // self.recipe.crystal.n_atoms, _PILOT_SAMPLES_LARGE, _PILOT_SAMPLES))
-        n_batches = n_batches or max(2, -(-samples // self.batch))
+        enough = max(_PILOT_ATOMS // self.recipe.crystal.n_atoms, _PILOT_SAMPLES_LARGE)
+        n_batches = max(2, -(-min(n_samples, enough) // self.batch))
         # Far from the batches of the run, so that no random number serves twice.
         first = 2**31 if schedule is None else 2**31 + n_batches
         crowd = Crowd(self, gaussian, range(first, first + n_batches), "tuning")

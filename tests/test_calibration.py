@@ -8,6 +8,7 @@ from scipy.stats import binom, chi2
 
 import freeflow as ff
 from freeflow import preparation
+from freeflow.potentials import binding
 from freeflow.work import BridgeSampler
 
 N_SLOW, N_FAST = 400, 12
@@ -30,7 +31,7 @@ def estimates():
                 compiled[name].result()
             return compiled[name]
 
-    def force_constants(potential, table, atoms, *rest, real=preparation.force_constants):
+    def force_constants(potential, table, atoms, *rest, real=binding.force_constants):
         key = (id(potential), table.partner.shape)
         if key not in constants:
             constants[key] = real(potential, table, atoms, *rest)
@@ -38,7 +39,7 @@ def estimates():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BridgeSampler", Sharing)
-        patch.setattr(preparation, "force_constants", force_constants)
+        patch.setattr(binding, "force_constants", force_constants)
         exact = ff.estimate(system, target_error=2e-4, seed=10_000)
         assert exact.status == "converged"
 

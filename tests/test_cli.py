@@ -66,9 +66,9 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; use one of compare, estimate, sample, systems, train, validate"),
+        ([], "no command given; use one of compare, estimate, run, sample, systems, train, validate"),
         (["estimat"], "no such command 'estimat'; did you mean estimate?"),
-        (["zap"], "no such command 'zap'; use one of compare, estimate, sample, systems, train, validate"),
+        (["zap"], "no such command 'zap'; use one of compare, estimate, run, sample, systems, train, validate"),
         (["--xyz"], "no such option --xyz; see 'freeflow --help'"),
         (["estimate", "x", "--xyz"], "no such option --xyz; see 'freeflow estimate --help'"),
         (["estimate", "x", "--max-sample", "3"], "no such option --max-sample; did you mean --max-samples?"),

@@ -27,7 +27,11 @@ estimate:
 """
 CRYSTAL = "crystal: {lattice: fcc, repeats: [4, 4, 4], number_density: 1.28}\n"
 LJ = "kind: lennard_jones, cutoff: 2.7"
-KEYS = "name, units, temperature, boltzmann, potential, crystal, structure, thermal_wavelength, estimate, published"
+KINDS = "lennard_jones, stillinger_weber, wca, born_mayer, python, ase"
+KEYS = (
+    "name, units, temperature, boltzmann, potential, crystal, structure, thermal_wavelength, masses, estimate, "
+    "published"
+)
 
 
 @pytest.fixture
@@ -82,7 +86,11 @@ BAD_VALUES = [
         "lennard-jones",
         "s.yaml:4: potential.kind: unknown potential 'lennard-jones'; did you mean lennard_jones?",
     ),
-    ("kind: lennard_jones, ", "", "s.yaml:4: potential.kind: missing; use one of lennard_jones, stillinger_weber, wca"),
+    (
+        "kind: lennard_jones, ",
+        "",
+        f"s.yaml:4: potential.kind: missing; use one of {KINDS}",
+    ),
     ("{" + LJ + "}", "lj", "s.yaml:4: potential: expected a section with the keys kind, ..., got 'lj'"),
     ("cutoff", "cutof", "s.yaml:4: potential.cutof: unknown key; did you mean cutoff?"),
     ("cutoff: 2.7", "cutoff: '2.7'", "s.yaml:4: potential.cutoff: expected a number, got '2.7'"),

@@ -16,6 +16,7 @@ from freeflow.config.files import (
     revise_difference,
     series_of,
     shipped,
+    with_absolute_paths,
 )
 from freeflow.config.schema import (
     STILLINGER_WEBER_PRESETS,
@@ -46,4 +47,5 @@ __all__ = [
     "shipped",
     "suggest",
     "temperature_range",
+    "with_absolute_paths",
 ]

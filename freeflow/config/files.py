@@ -94,27 +94,44 @@ def _system(section: SystemSection, folder: Path) -> System:
     from freeflow.crystals import crystal_system
 
     assert not isinstance(section.temperature, tuple)
+    crystal, config = _crystal(section, folder), with_absolute_paths(section.resolved(), folder)
+    wavelength, config = _wavelength(section, crystal, config)
     return crystal_system(
         name=section.name,
-        crystal=_crystal(section, folder),
-        potential=section.potential.build(),
+        crystal=crystal,
+        potential=section.potential.build(folder, section.units),
         units=section.unit_style,
         temperature=section.temperature,
-        thermal_wavelength=section.resolved_wavelength,
+        thermal_wavelength=wavelength,
         nearest_image_only=section.potential.nearest_image_only,
         plan=section.estimate.plan(folder),
         published=section.published and section.published.record(),
-        config=_with_absolute_paths(section.resolved(), folder),
+        config=config,
     )
+
+
+def _wavelength(
+    section: SystemSection, crystal: Crystal, config: dict[str, Any]
+) -> tuple[float | dict[str, float], dict[str, Any]]:
+    """The thermal wavelength, and the resolved file with the masses that it came from."""
+    from freeflow.crystals import masses_of, require_all_species, wavelengths_from_masses
+
+    assert not isinstance(section.temperature, tuple)
+    given = section.resolved_wavelength
+    if given is not None:
+        return given, config
+    masses = dict(section.masses) if section.masses else masses_of(crystal)
+    require_all_species("masses", masses, crystal)
+    order = list(type(section).model_fields)
+    filled = {**config, "masses": masses}
+    wavelengths = wavelengths_from_masses(masses, section.unit_style, section.temperature)
+    return wavelengths, {key: filled[key] for key in order if key in filled}
 
 
 def _solution(section: SolutionFileSection, folder: Path) -> Solution:
     from freeflow.solutions import PublishedDifference, solution
 
-    what, values = section.solution, section.resolved()
-    files = values["solution"].get("trajectories", {})
-    for state in files:
-        files[state] = [str((folder / file).absolute()) for file in files[state]]
+    what, values = section.solution, with_absolute_paths(section.resolved(), folder)
     pair = what.solvent.potential
     return solution(
         name=section.name,
@@ -219,18 +236,27 @@ def _crystal(section: SystemSection, folder: Path) -> Crystal:
         crystal.repeats,
         number_density=crystal.number_density,
         lattice_constant=crystal.lattice_constant,
+        species=crystal.species,
     )
 
 
-def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if "structure" in values:
-        values["structure"]["file"] = str((folder / values["structure"]["file"]).absolute())
-    flow = values["estimate"]["flow"] or {}
-    if flow.get("checkpoint", "shipped") != "shipped":
-        flow["checkpoint"] = str((folder / flow["checkpoint"]).absolute())
-    trajectory = values["estimate"]["trajectory"] or {}
-    for key in [key for key in ("file", "topology") if trajectory.get(key)]:
-        trajectory[key] = str((folder / trajectory[key]).absolute())
+def with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A resolved file whose paths hold wherever it is read again."""
+
+    def fix(section: Any, *keys: str) -> None:
+        for key in keys:
+            if section and section.get(key) is not None:
+                section[key] = str((folder / section[key]).absolute())
+
+    fix(values.get("potential"), "folder")
+    fix(values.get("structure"), "file")
+    estimate = values["estimate"]
+    if (estimate.get("flow") or {}).get("checkpoint", "shipped") != "shipped":
+        fix(estimate["flow"], "checkpoint")
+    fix(estimate.get("trajectory"), "file", "topology")
+    files = values.get("solution", {}).get("trajectories", {})
+    for state in files:
+        files[state] = [str((folder / file).absolute()) for file in files[state]]
     return values
 
 

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from freeflow.config.schema import (
     FLOWS,
+    PAIRS,
     POTENTIALS,
     SECTIONS,
     SOLUTION_SECTIONS,
@@ -148,6 +149,8 @@ def _unknown_key(path: KeyPath, data: Any, prefix: tuple[str, ...], sections: _S
 
 
 def _section(path: KeyPath, data: Any, sections: _Sections) -> type[Section]:
+    if path[:2] == ("potential", "pairs"):
+        return PAIRS[data["potential"]["kind"]]
     if path == ("potential",):
         return POTENTIALS[data["potential"]["kind"]]
     if path == ("estimate", "flow"):

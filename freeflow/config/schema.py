@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,10 +22,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from freeflow.config.words import describe, show
+from freeflow.cores import n_cores
 from freeflow.units import UnitStyle, unit_style
 
 if TYPE_CHECKING:
-    from freeflow.potentials import Potential
+    from freeflow.potentials import External, Potential, SpeciesPairs
     from freeflow.types import DifferencePlan, FlowPlan, Plan, Published, TrainingPlan, TrajectoryPlan
 
 MAX_CELLS = 100_000
@@ -124,6 +125,20 @@ Temperatures = Annotated[
 ]
 Repeat = Annotated[int, Field(ge=1, le=MAX_CELLS)]
 Repeats = Annotated[tuple[Repeat, Repeat, Repeat], BeforeValidator(_three), AfterValidator(_few_cells)]
+
+
+def _symbol(value: str) -> str:
+    if not re.fullmatch(r"[A-Z][a-z]{0,2}", value):
+        raise _wrong(f"expected a chemical symbol such as Cu, got {show(value)}")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+Species = Annotated[str, AfterValidator(_symbol)]
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_line_of_text)]
 
 
@@ -146,12 +161,93 @@ class PotentialSection(Section):
         return self.model_dump(by_alias=True, exclude={"kind", "preset", "nearest_image_only"})
 
     @property
-    def sigma_length(self) -> float:
-        """The potential's length scale [length]."""
+    def sigma_length(self) -> float | None:
+        """The potential's length scale [length], where it has one."""
         return self.parameters()["sigma"]
 
 
-class LennardJones(PotentialSection):
+def _pairs(value: dict[str, Any]) -> dict[str, Any]:
+    found: dict[tuple[str, ...], str] = {}
+    for key in value:
+        if not re.fullmatch(r"[A-Za-z]{1,3}-[A-Za-z]{1,3}", key):
+            raise _wrong(f"expected two species such as Na-Cl, got {show(key)}")
+        twin = found.setdefault(tuple(sorted(key.split("-"))), key)
+        if twin != key:
+            raise _wrong(f"{twin} and {key} are the same pair")
+    return value
+
+
+class PairsSection(PotentialSection):
+    """Pair potentials with one set of numbers, or with one for every two species under `pairs`."""
+
+    @model_validator(mode="after")
+    def _either(self) -> PairsSection:
+        own = self._own()
+        if self._by_pair is None:
+            missing = [name for name in own if name in self._needed and getattr(self, name) is None]
+            if missing:
+                raise _wrong(f"missing {', '.join(missing)}; give the numbers here, or for every two species in pairs")
+        elif given := [name for name in own if name in self.model_fields_set]:
+            raise _wrong("pairs has these numbers for every two species; give it here or there", (given[0],))
+        return self
+
+    _needed: ClassVar[tuple[str, ...]] = ()  # numbers without a default
+
+    @property
+    def _by_pair(self) -> Mapping[str, Any] | None:
+        return self.pairs  # pyright: ignore[reportAttributeAccessIssue]
+
+    @classmethod
+    def _own(cls) -> list[str]:
+        """Names of the numbers that may differ between pairs."""
+        general = {"kind", "cutoff", "shift", "pairs", "nearest_image_only"}
+        return [name for name in cls.model_fields if name not in general]
+
+    def parameters(self) -> dict[str, Any]:
+        """Every number of the potential, under the file's keys; of every pair, where they differ."""
+        values = super().parameters()
+        if self._by_pair is None:
+            del values["pairs"]
+            return values
+        pairs = {
+            name: {"cutoff": values["cutoff"], **section.model_dump(exclude_none=True)}
+            for name, section in self._by_pair.items()
+        }
+        return {"cutoff": values["cutoff"], "shift": values["shift"], "pairs": pairs}
+
+    @property
+    def sigma_length(self) -> float | None:
+        """The potential's length scale [length], where it has one."""
+        return None if self._by_pair is not None else self.parameters()["sigma"] or None
+
+    def build(self, folder: Path = Path(), units: str = "lj") -> Potential | SpeciesPairs:
+        """The potential as functions."""
+        from freeflow import potentials
+
+        make = {"lennard_jones": potentials.lennard_jones, "born_mayer": potentials.born_mayer}[self._kind]
+        values = self.parameters()
+        if "pairs" not in values:
+            return make(**values)
+        terms = {
+            (min(a, b), max(a, b)): make(**numbers, shift=values["shift"])
+            for (a, b), numbers in ((name.split("-"), numbers) for name, numbers in values["pairs"].items())
+        }
+        return potentials.SpeciesPairs(self._kind, terms)
+
+    @property
+    def _kind(self) -> str:
+        return self.kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LennardJonesPair(Section):
+    """Numbers of one pair of species."""
+
+    epsilon: PositiveFloat = Field(description="[energy]")
+    sigma: PositiveFloat = Field(description="[length]")
+    cutoff: PositiveFloat | None = Field(default=None, description="[length]; that of all pairs")
+
+
+class LennardJones(PairsSection):
     """12-6 potential; `shift` moves the energy at the cutoff to zero."""
 
     kind: Literal["lennard_jones"]
@@ -159,12 +255,34 @@ class LennardJones(PotentialSection):
     sigma: PositiveFloat = Field(default=1.0, description="[length]")
     cutoff: PositiveFloat = Field(description="[length]")
     shift: bool = True
+    pairs: Annotated[dict[str, LennardJonesPair], AfterValidator(_pairs), Field(min_length=1)] | None = None
 
-    def build(self) -> Potential:
-        """The potential as functions."""
-        from freeflow.potentials import lennard_jones
 
-        return lennard_jones(**self.parameters())
+class BornMayerPair(Section):
+    """Numbers of one pair of species."""
+
+    A: PositiveFloat = Field(description="[energy]")
+    rho: PositiveFloat = Field(description="[length]")
+    sigma: NonNegative = Field(default=0.0, description="[length]")
+    C: NonNegative = Field(default=0.0, description="[energy length^6]")
+    D: NonNegative = Field(default=0.0, description="[energy length^8]")
+    cutoff: PositiveFloat | None = Field(default=None, description="[length]; that of all pairs")
+
+
+class BornMayer(PairsSection):
+    """A exp((sigma - r)/rho) - C/r^6 + D/r^8; Buckingham's where sigma and D are 0."""
+
+    kind: Literal["born_mayer"]
+    A: PositiveFloat | None = Field(default=None, description="[energy]")
+    rho: PositiveFloat | None = Field(default=None, description="[length]")
+    sigma: NonNegative = Field(default=0.0, description="[length]")
+    C: NonNegative = Field(default=0.0, description="[energy length^6]")
+    D: NonNegative = Field(default=0.0, description="[energy length^8]")
+    cutoff: PositiveFloat = Field(description="[length]")
+    shift: bool = Field(default=True, description="energy is shifted to zero at the cutoff")
+    pairs: Annotated[dict[str, BornMayerPair], AfterValidator(_pairs), Field(min_length=1)] | None = None
+
+    _needed: ClassVar[tuple[str, ...]] = ("A", "rho")
 
 
 class WeeksChandlerAndersen(PotentialSection):
@@ -174,7 +292,7 @@ class WeeksChandlerAndersen(PotentialSection):
     epsilon: PositiveFloat = Field(default=1.0, description="[energy]")
     sigma: PositiveFloat = Field(default=1.0, description="[length]")
 
-    def build(self) -> Potential:
+    def build(self, folder: Path = Path(), units: str = "lj") -> Potential:
         """The potential as functions."""
         from freeflow.potentials import wca
 
@@ -211,7 +329,7 @@ class StillingerWeber(PotentialSection):
         preset = STILLINGER_WEBER_PRESETS[self.preset] if self.preset else {}
         return {key: preset.get(key) if value is None else value for key, value in given.items()}
 
-    def build(self) -> Potential:
+    def build(self, folder: Path = Path(), units: str = "lj") -> Potential:
         """The potential as functions."""
         from freeflow.potentials import stillinger_weber
 
@@ -219,10 +337,65 @@ class StillingerWeber(PotentialSection):
         return stillinger_weber(lam=numbers.pop("lambda"), **numbers)
 
 
+def _reference(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", value):
+        raise _wrong(f"expected module:name, got {show(value)}")
+    return value
+
+
+Reference = Annotated[Text, AfterValidator(_reference)]
+
+
+class ExternalSection(Section):
+    """What potentials that are not ours have; the file names code that is then run."""
+
+    arguments: dict[str, Any] = Field(default={}, description="passed on by name")
+    folder: Text = Field(default=".", description="of the module, from the system file's folder, if not installed")
+
+    nearest_image_only: ClassVar[bool] = False
+    sigma_length: ClassVar[None] = None
+
+    def parameters(self) -> dict[str, Any]:
+        """All that the file says of the potential, under its keys."""
+        return self.model_dump(exclude={"kind"}, exclude_none=True)
+
+
+class PythonFunction(ExternalSection):
+    """Any JAX function of positions (n, 3) and cell (3, 3) that returns an energy."""
+
+    kind: Literal["python"]
+    function: Reference = Field(description="module:name")
+
+    def build(self, folder: Path = Path(), units: str = "lj") -> External:
+        """The potential as functions."""
+        from freeflow.potentials import python_potential
+
+        return python_potential(self.function, self.arguments, folder / self.folder)
+
+
+class AseCalculator(ExternalSection):
+    """Any ASE calculator, in processes of their own."""
+
+    kind: Literal["ase"]
+    calculator: Reference = Field(description="module:factory")
+    workers: int | None = Field(default=None, ge=1, le=1000, description="processes; by default one per core")
+
+    def build(self, folder: Path = Path(), units: str = "lj") -> External:
+        """The potential as functions."""
+        from freeflow.potentials import ase_potential
+        from freeflow.units import ELECTRON_VOLT
+
+        place, workers = (folder / self.folder).absolute(), self.workers or n_cores()
+        return ase_potential(self.calculator, self.arguments, place, workers, ELECTRON_VOLT[units])
+
+
 class CrystalSection(Section):
     """Atoms on a repeated lattice."""
 
-    lattice: Literal["sc", "bcc", "fcc", "hcp", "diamond", "hexagonal_ice"]
+    lattice: Literal["sc", "bcc", "fcc", "hcp", "diamond", "hexagonal_ice", "rocksalt", "cesium_chloride", "zincblende"]
+    species: Annotated[tuple[Species, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        default=("X",), description="chemical symbol, or one for each kind of atom"
+    )
     repeats: Repeats = Field(description="of the conventional cell")
     number_density: PositiveFloat | None = Field(default=None, description="[1/length**3]")
     lattice_constant: PositiveFloat | None = Field(default=None, description="edge of the conventional cell [length]")
@@ -435,16 +608,30 @@ class _FileSection(Section):
         return unit_style(self.units, self.boltzmann)
 
 
+def _number_or_by_species(value: Any) -> Any:
+    if value is None or isinstance(value, dict) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise _wrong(f"expected a number, or one for every species such as {{Na: 0.2, Cl: 0.17}}, got {show(value)}")
+
+
 class SystemSection(_FileSection):
     """The whole of system.yaml of a crystal."""
 
     temperature: Temperatures = Field(
         description="[K], or [epsilon/k_B] in lj units; a list or START:STOP:STEP is a series"
     )
-    potential: Annotated[LennardJones | StillingerWeber | WeeksChandlerAndersen, Field(discriminator="kind")]
+    potential: Annotated[
+        LennardJones | StillingerWeber | WeeksChandlerAndersen | BornMayer | PythonFunction | AseCalculator,
+        Field(discriminator="kind"),
+    ]
     crystal: CrystalSection | None = None
     structure: StructureSection | None = None
-    thermal_wavelength: PositiveFloat | None = Field(default=None, description="[length]; the potential's sigma")
+    thermal_wavelength: Annotated[
+        PositiveFloat | dict[Species, PositiveFloat] | None, BeforeValidator(_number_or_by_species)
+    ] = Field(default=None, description="[length], one or by species; by default the potential's sigma, or from masses")
+    masses: Annotated[dict[Species, PositiveFloat], Field(min_length=1)] | None = Field(
+        default=None, description="[dalton], by species; by default standard atomic weights"
+    )
     estimate: EstimateSection = EstimateSection()
     published: PublishedSection | None = None
 
@@ -454,6 +641,8 @@ class SystemSection(_FileSection):
             raise _wrong("give crystal or structure, not both", ("structure",))
         if self.crystal is None and self.structure is None:
             raise _wrong("give crystal (a named lattice) or structure (a file)")
+        if self.masses is not None and self.thermal_wavelength is not None:
+            raise _wrong("give masses or thermal_wavelength, not both", ("masses",))
         preset = self.potential.preset if isinstance(self.potential, StillingerWeber) else None
         if preset is not None and (native := STILLINGER_WEBER_PRESETS[preset]["units"]) != self.units:
             message = f"{preset} is in units {native} ({describe(native)}), but this file's units are {self.units}"
@@ -461,17 +650,24 @@ class SystemSection(_FileSection):
         return self
 
     @property
-    def resolved_wavelength(self) -> float:
-        """Thermal wavelength [length]: the potential's sigma unless given."""
+    def resolved_wavelength(self) -> float | dict[str, float] | None:
+        """Thermal wavelength [length]: the potential's sigma unless given; None where it follows from masses."""
+        if self.masses is not None:
+            return None
         return self.potential.sigma_length if self.thermal_wavelength is None else self.thermal_wavelength
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default filled in; loading them again gives the same system."""
         values = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         values["boltzmann"] = self.unit_style.boltzmann
-        values["thermal_wavelength"] = self.resolved_wavelength
-        small_box = values["potential"].pop("nearest_image_only")
-        values["potential"] |= {**self.potential.parameters(), "nearest_image_only": small_box}
+        if values.get("crystal", {}).get("species") == ["X"]:
+            del values["crystal"]["species"]
+        if self.resolved_wavelength is not None:
+            values["thermal_wavelength"] = self.resolved_wavelength
+        kind = {key: value for key, value in values["potential"].items() if key in {"kind", "preset"}}
+        values["potential"] = {**kind, **self.potential.parameters()}
+        if isinstance(self.potential, PotentialSection):
+            values["potential"]["nearest_image_only"] = self.potential.nearest_image_only
         values["estimate"] = self.estimate.model_dump(mode="json", by_alias=True)
         flow = values["estimate"]["flow"] or {}
         for option in [name for name, value in flow.items() if value is None]:
@@ -496,13 +692,6 @@ def _two(value: Any) -> Any:
 
 def _one_or_two(value: Any) -> Any:
     return _two(value) if isinstance(value, list | tuple) else _two((value, value))
-
-
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
-
-
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class SolventPotentialSection(Section):
@@ -629,11 +818,15 @@ SOLUTION_SECTIONS: dict[tuple[str, ...], type[Section]] = {
     ("estimate", "map"): MapSection,
     ("published",): PublishedDifferenceSection,
 }
-POTENTIALS: dict[str, type[PotentialSection]] = {
+POTENTIALS: dict[str, type[Section]] = {
     "lennard_jones": LennardJones,
     "stillinger_weber": StillingerWeber,
     "wca": WeeksChandlerAndersen,
+    "born_mayer": BornMayer,
+    "python": PythonFunction,
+    "ase": AseCalculator,
 }
+PAIRS: dict[str, type[Section]] = {"lennard_jones": LennardJonesPair, "born_mayer": BornMayerPair}
 FLOWS: dict[str, type[Section]] = {
     "checkpoint": StoredFlowSection,
     "residual": ResidualSection,

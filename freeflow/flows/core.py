@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from freeflow.geometry import nearest_image_table, nearest_neighbour_distance, neighbour_table
-from freeflow.potentials import Potential, bind
+from freeflow.geometry import nearest_neighbour_distance
+from freeflow.potentials import Potential, map_pairs, on_crystal
 from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import (
     Bijector,
@@ -82,12 +82,9 @@ def training_ensemble(system: System, dtype: str = "float32") -> Ensemble:
     closer than a thermal crystal ever brings them. Configurations are displacements (n_atoms, 3) [length].
     """
     spacing = nearest_neighbour_distance(system.crystal)
+    soft = map_pairs(lambda pair: softened(pair, _core_radius(pair, system.kt, spacing)), system.potential)
     # A flow starts near the lattice; neighbours up to here bring an atom back that leaves its site.
-    if system.nearest_image_only:
-        table = nearest_image_table(system.crystal)
-    else:
-        table = neighbour_table(system.crystal, system.potential.cutoff + spacing)
-    energy = bind(softened(system.potential, _core_radius(system, spacing)), table, dtype)
+    energy = on_crystal(soft, system.crystal, system.nearest_image_only).relative(spacing, dtype)
 
     def reduced_potential(u: Array, state: ThermodynamicState) -> Array:
         return state.beta * energy(u)
@@ -96,12 +93,12 @@ def training_ensemble(system: System, dtype: str = "float32") -> Ensemble:
 
 
 @in_double_precision
-def _core_radius(system: System, spacing: float) -> float:
+def _core_radius(potential: Potential, kt: float, spacing: float) -> float:
     """Largest distance at which a pair has `_CORE` kT more than nearest neighbours in the lattice [length]."""
     r = np.linspace(0.0, spacing, 2001)[1:]
     with jax.ensure_compile_time_eval():
-        energies = np.asarray(system.potential.pair(jnp.asarray(r * r)))
-    high = r[~(energies < energies[-1] + _CORE * system.kt)]
+        energies = np.asarray(potential.pair(jnp.asarray(r * r)))
+    high = r[~(energies < energies[-1] + _CORE * kt)]
     return float(high[-1]) if len(high) else 0.0
 
 

@@ -23,6 +23,7 @@ from freeflow.errors import InputError
 from freeflow.flows.core import Flow, training_ensemble
 from freeflow.geometry import nearest_neighbour_distance
 from freeflow.networks import mlp
+from freeflow.potentials import many_body
 from freeflow.references import Gaussian, gaussian_crystal
 from freeflow.symmetries import site_colours
 from freeflow.types import (
@@ -84,7 +85,7 @@ def residual(
         InputError: If an option is impossible.
     """
     crystal = system.crystal
-    shell = _FIRST_SHELL if system.potential.weight is None else _SECOND_SHELL
+    shell = _SECOND_SHELL if many_body(system.potential) else _FIRST_SHELL
     colour_distance = shell if colour_distance is None else colour_distance
     reach = shell if reach is None else reach
     for name, value in {"n_sweeps": n_sweeps, "width": width, "depth": depth}.items():

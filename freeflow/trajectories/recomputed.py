@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from freeflow.geometry import NeighbourTable, nearest_neighbour_distance, neighbour_table
-from freeflow.potentials import Potential, bind
+from freeflow.potentials import External, Potential, many_body, on_crystal
 from freeflow.types import System, double_precision
 from freeflow.units import UnitStyle
 
@@ -49,12 +49,14 @@ def energies(
     half = 0.5 * nearest_neighbour_distance(system.crystal)
     # The target itself decides at the very edge.
     inside = np.flatnonzero(largest < (1 + 1e-9) * half)
-    level = None if system.nearest_image_only else _level(largest[inside] / half)
+    fixed = system.nearest_image_only or isinstance(system.potential, External)  # no table to be narrowed
+    level = None if fixed else _level(largest[inside] / half)
     near = largest[inside] <= (0.0 if level is None else level) * half
     found = np.full(len(displacements), np.inf)
     for frames, at in ((inside[near], level), (inside[~near], None)):
         if len(frames):
             found[frames] = _evaluated(_evaluator(system, at), displacements, frames, batch or _batch_size(system))
+    on_crystal(system.potential, system.crystal).require()
     return found
 
 
@@ -102,11 +104,11 @@ def _from_target(system: System) -> Evaluator:
 def _from_table(system: System, level: float) -> Evaluator:
     half = 0.5 * nearest_neighbour_distance(system.crystal)
     # A little more than the frames need: rounding must not lose a pair.
-    table = neighbour_table(system.crystal, 1.0001 * (system.potential.cutoff + 2 * level * half))
-    if system.potential.weight is None:
-        return _pair_energy(system.potential, table)
+    reach = 2.0002 * level * half + 1e-4 * system.potential.cutoff
+    if isinstance(system.potential, Potential) and not many_body(system.potential):
+        return _pair_energy(system.potential, neighbour_table(system.crystal, system.potential.cutoff + reach))
     rest = system.constants["lattice energy"] / float(system.state.beta)
-    relative = jax.vmap(bind(system.potential, table))
+    relative = jax.vmap(on_crystal(system.potential, system.crystal).relative(reach, "float64"))
     return lambda u: rest + relative(u)
 
 
