@@ -409,7 +409,9 @@ def rebuild(checkpoint: Checkpoint, system: System, gaussian: Callable[[], Gauss
 def reference(checkpoint: Checkpoint) -> Gaussian | None:
     """The Gaussian that the flow was trained with, if it is in the file."""
     stored = _under(f"{_REFERENCE}/", checkpoint.arrays)
-    return Gaussian(**{name: stored[name] for name in Gaussian._fields}) if stored else None
+    if not stored:
+        return None
+    return Gaussian(stored["mean"], stored["root"], stored["inverse_root"], np.float64(stored["log_det"]))
 
 
 def parameters(checkpoint: Checkpoint, flow: Flow, system: System) -> Params:

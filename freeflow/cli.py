@@ -908,6 +908,11 @@ def _facts(system: System | Solution | TemperatureSeries) -> Iterator[tuple[str,
         ", ".join("[" + ", ".join(f"{x:.6g}" for x in row) + "]" for row in crystal.cell.tolist()),
     )
     yield f"number density [1/{units.length}^3]", f"{n / crystal.volume:.8g}"
+    if system.cell_motion is not None:
+        yield "cell and density", "where the search for the equilibrium cell starts"
+        pressure = float(system.state.pressure)
+        yield f"pressure [{units.energy}/{units.length}^3]", f"{pressure:.10g}"
+        yield "beta p V at this density, of beta G [kT per atom]", f"{system.constants['pressure'] / n:.8g}"
     if system.potential.cutoff is not None:
         yield f"cutoff [{units.length}]", f"{system.potential.cutoff:.8g}"
     if len(set(system.wavelengths)) > 1 or "masses" in system.config:

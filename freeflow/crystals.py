@@ -11,7 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
+from freeflow.cells import CELL_MOTIONS, CellMotion, deformation
 from freeflow.errors import InputError
 from freeflow.geometry import (
     LATTICES,
@@ -20,8 +22,10 @@ from freeflow.geometry import (
     face_distances,
     is_orthorhombic,
     nearest_neighbour_distance,
+    neighbour_table,
     smith_form,
 )
+from freeflow.isobaric import cell_constant, isobaric_target, reach_of_tables
 from freeflow.potentials import (
     CrystalEnergy,
     External,
@@ -33,7 +37,7 @@ from freeflow.potentials import (
     on_crystal,
 )
 from freeflow.symmetries import crystal_operations, primitive_cell
-from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState
+from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState, double_precision
 from freeflow.units import UnitStyle, thermal_wavelength_of
 
 # Sites closer than this fraction of the mean spacing to a symmetric position are put onto it.
@@ -175,15 +179,19 @@ def crystal_system(
     plan: Plan | None = None,
     published: Published | None = None,
     config: Mapping[str, Any] | None = None,
+    pressure: float = 0.0,
+    cell_motion: str | None = None,
 ) -> System:
-    """The Helmholtz free energy problem of one crystal at one temperature.
+    """The free energy problem of one crystal at one temperature: Helmholtz's, or Gibbs's where the cell moves.
 
     Configurations are displacements from the sites with their mean fixed at zero; the target's
     reduced potential is beta (U - U(lattice)). The constants follow the Frenkel-Ladd / Polson
     convention (Polson et al., J. Chem. Phys. 112, 5339, 2000) with fixed labelling:
     beta F = beta U(lattice) - ln[sqrt(N) (V / Lambda^3) Z_u / Lambda^(3 (N - 1))]. With several species
     the constraint is still on the plain mean of the displacements, so that masses enter through the
-    wavelengths alone, and Lambda is their geometric mean over the atoms (docs/potentials.md).
+    wavelengths alone, and Lambda is their geometric mean over the atoms (docs/potentials.md). At constant
+    pressure the strain is part of the configuration, relative to the crystal's cell, and volumes count in
+    units of Lambda^3 (docs/gibbs.md).
 
     Args:
         name: Name to report.
@@ -196,6 +204,8 @@ def crystal_system(
         plan: How to estimate, if not by default.
         published: A value to compare with.
         config: Everything resolved, for provenance.
+        pressure: Of a cell that moves [energy/length**3].
+        cell_motion: A name in `freeflow.cells.CELL_MOTIONS`; None for a fixed cell.
 
     Raises:
         InputError: If the state is impossible, or the cutoff exceeds half the box without
@@ -229,17 +239,27 @@ def crystal_system(
         "centre of mass": -0.5 * math.log(n) - math.log(crystal.volume / mean_wavelength**3),
         "thermal wavelength": 3 * (n - 1) * math.log(mean_wavelength),
     }
+    if cell_motion is None:
+        # The energy is good for every displacement that still counts as this crystal.
+        target = crystal_ensemble(energy.relative(spacing, "float64"), reach=0.5 * spacing)
+    else:
+        motion = _motion(cell_motion, crystal, potential, nearest_image_only)
+        assert isinstance(potential, Potential)
+        wide = neighbour_table(crystal, reach_of_tables(potential.cutoff, spacing))
+        target = isobaric_target(potential, wide, crystal, motion, reach=0.5 * spacing)
+        constants["pressure"] = beta * pressure * crystal.volume
+        constants["cell"] = cell_constant(crystal.volume, mean_wavelength)
     return System(
         name=name,
-        # The energy is good for every displacement that still counts as this crystal.
-        target=crystal_ensemble(energy.relative(spacing, "float64"), reach=0.5 * spacing),
-        state=ThermodynamicState(np.float64(beta), np.float64(0.0)),
+        target=target,
+        state=ThermodynamicState(np.float64(beta), np.float64(pressure)),
         constants=constants,
         units=units,
         temperature=temperature,
         crystal=crystal,
         potential=potential,
         nearest_image_only=nearest_image_only,
+        cell_motion=cell_motion,
         thermal_wavelength=mean_wavelength,
         wavelengths=wavelengths,
         plan=plan or Plan(),
@@ -262,13 +282,17 @@ def at_temperature(system: System, temperature: float) -> System:
         raise InputError(f"temperature: must be positive, got {temperature:g} {system.units.temperature}")
     if temperature == system.temperature:
         return system
-    energy_of_lattice = system.constants["lattice energy"] * system.kt
     beta = 1.0 / (system.units.boltzmann * temperature)
+    scaled = {
+        name: beta * system.kt * system.constants[name]
+        for name in ("lattice energy", "pressure")
+        if name in system.constants
+    }
     return replace(
         system,
         temperature=temperature,
         state=system.state._replace(beta=np.float64(beta)),
-        constants={**system.constants, "lattice energy": beta * energy_of_lattice},
+        constants={**system.constants, **scaled},
         published=None,
         config={**_with_wavelengths(system), "temperature": temperature} if system.config else system.config,
     )
@@ -280,6 +304,44 @@ def _with_wavelengths(system: System) -> dict[str, Any]:
         return dict(system.config)
     values = {key: value for key, value in system.config.items() if key != "masses"}
     return {**values, "thermal_wavelength": dict(system.wavelengths)}
+
+
+def _motion(name: str, crystal: Crystal, potential: Any, nearest_image_only: bool) -> CellMotion:
+    if name not in CELL_MOTIONS:
+        raise InputError(f"cell_motion: no motion {name!r}; use one of {', '.join(CELL_MOTIONS)}")
+    if not isinstance(potential, Potential):
+        raise InputError(
+            "pressure: cells move under lennard_jones (one species), wca and stillinger_weber only"
+        )
+    if nearest_image_only:
+        raise InputError("cell_motion: nearest_image_only works in a fixed cell only; use a larger box instead")
+    if name == "orthorhombic" and not is_orthorhombic(crystal.cell):
+        raise InputError("cell_motion: orthorhombic needs lattice vectors along x, y and z; use isotropic or triclinic")
+    return CELL_MOTIONS[name]
+
+
+def strained_system(system: System, strain: Float[np.ndarray, "3 3"]) -> System:
+    """The same problem with another reference cell: lattice vectors and sites are deformed by exp(strain).
+
+    The strain must be one that the crystal's point operations leave alone.
+    """
+    with double_precision():
+        f = np.asarray(deformation(jnp.asarray(strain)))
+    crystal = replace(system.crystal, cell=system.crystal.cell @ f, sites=system.crystal.sites @ f)
+    return crystal_system(
+        name=system.name,
+        crystal=crystal,
+        potential=system.potential,
+        units=system.units,
+        temperature=system.temperature,
+        thermal_wavelength=system.wavelengths or system.thermal_wavelength,
+        nearest_image_only=system.nearest_image_only,
+        plan=system.plan,
+        published=system.published,
+        config=system.config,
+        pressure=float(system.state.pressure),
+        cell_motion=system.cell_motion,
+    )
 
 
 def target_ensemble(

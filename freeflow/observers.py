@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
+from freeflow.cells import Strained
 from freeflow.observables import Average, RadialDistribution, mean_squared_displacement, weighted_average
 from freeflow.trajectories import energies
-from freeflow.types import System
+from freeflow.types import Crystal, System
 from freeflow.work import Observe
 
 
@@ -43,3 +45,32 @@ def observer(system: System, distribution: RadialDistribution) -> Observe:
 def profile(distribution: RadialDistribution, counts: np.ndarray, work: np.ndarray) -> Profile:
     """g(r) of the target from the pair counts (n, n_bins) of samples of weight exp(-work)."""
     return Profile(distribution.edges, weighted_average(distribution.normalise(counts), -work))
+
+
+class CellAverage(NamedTuple):
+    """A cell that moves, as samples of the target have it."""
+
+    volume: Average  # () [length^3]
+    volume_spread: float  # standard deviation of the volume [length^3]
+    vectors: Average  # (3, 3) mean lattice vectors, without rotations of the crystal [length]
+
+
+def observed_strain(x: Strained) -> Float[np.ndarray, "n 3 3"]:
+    """The strains of a batch."""
+    return np.asarray(x.strain, np.float64)
+
+
+def cell_average(
+    crystal: Crystal, strain: Float[np.ndarray, "n 3 3"] | None, work: Float[np.ndarray, " n"]
+) -> CellAverage | None:
+    """The cell of the target, from strains of the reference crystal in samples of weight exp(-work)."""
+    if strain is None:
+        return None
+    values, axes = np.linalg.eigh(strain)
+    volume = crystal.volume * np.exp(values.sum(axis=1))
+    vectors = crystal.cell @ np.einsum("nak,nk,nbk->nab", axes, np.exp(values), axes, optimize=True)
+    mean = weighted_average(volume, -work)
+    spread = weighted_average(np.square(volume - mean.mean), -work)
+    edges = weighted_average(vectors.reshape(-1, 9), -work)
+    edges = edges._replace(mean=edges.mean.reshape(3, 3), std_error=edges.std_error.reshape(3, 3))
+    return CellAverage(mean, float(np.sqrt(spread.mean)), edges)

@@ -18,7 +18,7 @@ from freeflow.bridge import BridgeParams, Schedule
 from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
-from freeflow.observers import observer, profile
+from freeflow.observers import cell_average, observed_strain, observer, profile
 from freeflow.preparation import (
     Clock,
     Crossings,
@@ -26,14 +26,13 @@ from freeflow.preparation import (
     Report,
     Run,
     fewest_samples,
-    fit_reference,
     from_frames,
     learned_flow,
-    prepared,
     read_trajectory,
     slower,
     too_fast,
     tune,
+    with_reference,
 )
 from freeflow.references import Fit, Gaussian
 from freeflow.result import Result, Status, provenance
@@ -61,7 +60,7 @@ def estimate(
         system: A system, or what `freeflow.load` makes one from.
         plan: How to estimate; the system's own plan by default.
         progress: Called now and then with what is going on.
-        radial_distribution: Also find g(r) of the target, `Result.profile`.
+        radial_distribution: Also find g(r) of the target, `Result.profile`, if its cell is fixed.
         **changes: Values of the plan to replace, such as `target_error=1e-4` [kT per atom] or
             `trajectory="md.dcd"`.
 
@@ -78,7 +77,7 @@ def estimate(
     frames = None if plan.trajectory is None else read_trajectory(system, plan.trajectory, report)
     if frames is not None:
         clock.lap("trajectory")
-    if not radial_distribution:
+    if not radial_distribution or system.cell_motion is not None:
         return carried_out(system, plan, report, clock, frames)
     shells = observables.radial_distribution(system.crystal)
     result = carried_out(system, plan, report, clock, frames, observer(system, shells))
@@ -99,6 +98,10 @@ def settled(
         raise InputError(
             "estimate.estimator: bar needs samples of the target; give it a bridge or a trajectory, or use fep"
         )
+    if plan.flow is not None:
+        system.require_fixed_cell("flows are for")
+    if plan.trajectory is not None:
+        system.require_fixed_cell("trajectories are compared with")
     from_frames(plan)
     return system, plan
 
@@ -119,10 +122,13 @@ def carried_out(
         report: Told what is going on.
         clock: Books the time of the phases.
         frames: Samples of the target for `bar`, where they are not to come from the bridge.
-        observe: Told the displacements of all arrivals; what it returns is `Result.observed`.
+        observe: Told the displacements of all arrivals; what it returns is `Result.observed`. The cell's strain if
+            none is given and the cell moves.
 
     A flow that is trained here from frames sees the earlier half of them, and the estimate uses the later one.
     """
+    if observe is None and system.cell_motion is not None:
+        observe = observed_strain
     with double_precision():
         if frames is not None and from_frames(plan):
             taught, frames = frames.halves()
@@ -133,9 +139,8 @@ def carried_out(
             clock.lap("flow")
         batch = None
         while True:
-            with prepared(system, plan, flow, batch) as run:
+            with with_reference(system, plan, flow, report, batch) as (run, fit):
                 try:
-                    fit = fit_reference(run, report)
                     clock.lap("reference")
                     crossing = tune(run, fit.gaussian, report)
                     clock.lap("tuning")
@@ -360,13 +365,14 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
     }
     reasons = list(reliability(diagnostics, answer))
     lost = float(np.mean(np.isposinf(work.forward)))
+    left = "an atom left its site" + ("" if system.cell_motion is None else " or the cell its range")
     if lost > _LOST:
         reasons.insert(
             0,
-            f"in {lost:.0%} of the samples an atom left its site: the crystal melts or its atoms hop here",
+            f"in {lost:.0%} of the samples {left}: the crystal melts or its atoms hop here",
         )
     elif lost > 0:
-        run.warnings.append(f"in {lost:.2%} of the samples an atom left its site; they are not counted as this crystal")
+        run.warnings.append(f"in {lost:.2%} of the samples {left}; they are not counted as this crystal")
     if frames is not None:
         reasons += [f"trajectory: {fault}" for fault in frames.faults]
         run.warnings += [f"trajectory: {remark}" for remark in frames.remarks]
@@ -389,6 +395,7 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
             f"(max_samples {plan.max_samples}); {more}"
         )
     spent = sum(team.gathered([run.sampler.energy_evaluations]), Counter())
+    observed = _rows([crossing.observed for crossing in samples.crossings])
     purposes = (*(("training",) if run.flow is not None else ()), "reference", "tuning", "sampling", "checks")
     return Result(
         system=system,
@@ -414,7 +421,8 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
         warnings=(*reasons, *run.warnings),
         provenance=provenance(system, plan),
         trajectory=None if frames is None else _facts(frames, samples),
-        observed=_rows([crossing.observed for crossing in samples.crossings]),
+        observed=observed,
+        cell=None if system.cell_motion is None else cell_average(system.crystal, observed, work.forward),
     )
 
 

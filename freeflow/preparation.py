@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Array
 
 from freeflow import bridge as bridges
-from freeflow import checkpoints, memory, references, team, training
+from freeflow import checkpoints, isobaric, memory, references, team, training
 from freeflow.bridge import BridgeParams, Pilot, Schedule
-from freeflow.crystals import crystal_ensemble, energy_of
+from freeflow.cells import CELL_MOTIONS
+from freeflow.crystals import crystal_ensemble, energy_of, strained_system
 from freeflow.errors import InputError
 from freeflow.flows import Flow, pulled_back
-from freeflow.geometry import nearest_neighbour_distance
+from freeflow.geometry import nearest_neighbour_distance, neighbour_table
 from freeflow.potentials import External, many_body
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import format_with_error
@@ -49,6 +50,10 @@ _MELTED = 0.1  # share of trial samples with an atom off its site at which a run
 # Memory that a sample on its way takes for every atom in float32, compiled kernels measured: up to 300.
 _BYTES_PER_ATOM = 400
 _BATCH_OUTSIDE = 16  # samples that move together where a potential is not ours
+# A cell that moves: pairs are seen up to so many times the cutoff besides; it is at rest when its mean is stretched by
+# less than this from the reference cell, and that must be the case after so many references.
+_CELL_SKIN, _AT_REST, _CELLS = 1.03, 0.01, 8
+_CELL_SAMPLES = 256  # per iteration of the fit of a cell that moves
 _BLUR = 0.02  # rounding error of the whole crystal's energy that float32 kernels may have [kT]
 
 
@@ -245,7 +250,11 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
         batch: Samples that move together; as many as are good, and fit into the memory, by default.
     """
     crystal, energy, beta = system.crystal, energy_of(system), float(system.state.beta)
-    recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
+    motion = None if system.cell_motion is None else CELL_MOTIONS[system.cell_motion]
+    if motion is not None:
+        recipe = isobaric.isobaric_crystal(crystal, motion)
+    else:
+        recipe = references.gaussian_crystal(crystal) if learned is None else learned.flow.recipe
 
     def seen(target: Ensemble) -> Ensemble:
         return target if learned is None else pulled_back(learned.flow, learned.params, target)
@@ -269,7 +278,11 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
     if learned is None or learned.flow.transferable:  # others start from wider references than the crystal's own
         reach = min(_SKIN * math.sqrt(2.0) * references.root_mean_square(crystal, blocks), reach)
     precision = _precision(system, plan, run_warnings)
-    cheap = crystal_ensemble(energy.relative(reach, precision))
+    if motion is None:
+        cheap = crystal_ensemble(energy.relative(reach, precision))
+    else:
+        near = neighbour_table(crystal, _CELL_SKIN * system.potential.cutoff + reach)
+        cheap = isobaric.isobaric_target(system.potential, near, crystal, motion, precision)
     transport = bridges.bridge(recipe, seen(cheap), precision)
     good = batch_size(system.potential, crystal.n_atoms)
     batch = batch or fitting_batch(system.potential, crystal.n_atoms, precision)
@@ -295,9 +308,11 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
     try:
         if learned is None:
             like = references.gaussian_from_blocks(crystal, references.isotropic_blocks(crystal, np.abs(blocks)))
+            like = like if motion is None else isobaric.in_unit_cell(like, motion)
         else:
             like = learned.flow.gaussian
-        moves = plan.bridge is not None or (learned is None and plan.reference != "harmonic")
+        fitted = learned is None and (plan.reference != "harmonic" or motion is not None)
+        moves = plan.bridge is not None or fitted
         returns = plan.estimator == "bar" and plan.bridge is not None
         sampler.prepare([*["forward"] * moves, "launch", "exact", *["reverse"] * returns], like)
         yield Run(system, plan, recipe, sampler, blocks, learned, run_warnings)
@@ -364,22 +379,31 @@ def fit_reference(run: Run, report: Report) -> Fit:
     if run.flow is not None:
         run.sampler.energy_evaluations.update(run.flow.energy_evaluations)
         return Fit(run.flow.flow.gaussian, 0, math.nan, 0)
-    if plan.reference == "harmonic":
+    if plan.reference == "harmonic" and run.system.cell_motion is None:
         return Fit(references.gaussian_from_blocks(crystal, run.blocks), 0, math.nan, 0)
     constants = -run.system.log_prefactor / crystal.n_atoms
+    symbol = "F" if run.system.cell_motion is None else "G"
 
     def tell(iteration: int, bound: float) -> None:
-        text = f"fitting the {plan.reference} reference, beta F below {constants + bound:.5f} per atom"
+        text = f"fitting the {plan.reference} reference, beta {symbol} below {constants + bound:.5f} per atom"
         report(Progress("reference", None, text))
 
     report(Progress("reference", None, "compiling"))
+    batch = run.sampler.batch
+    n_samples = batch * max(2, _fit_samples(run.system) // batch)
+    if run.system.cell_motion is not None:
+        motion = CELL_MOTIONS[run.system.cell_motion]
+        kind = {"isotropic": plan.reference == "einstein", "frozen": plan.reference == "harmonic"}
+        start = isobaric.start_fit(crystal, motion, run.blocks, run.sampler.gradients, **kind)
+        n_samples = batch * max(2, _CELL_SAMPLES // batch)  # no translations to average over
+        return references.converged(run.recipe, start, run.sampler.evaluate, plan.seed, n_samples, progress=tell)
     return references.fit_self_consistent(
         run.recipe,
         run.blocks,
         run.sampler.evaluate,
         plan.seed,
         isotropic=plan.reference == "einstein",
-        n_samples=run.sampler.batch * max(2, _fit_samples(run.system) // run.sampler.batch),
+        n_samples=n_samples,
         progress=tell,
     )
 
@@ -387,6 +411,34 @@ def fit_reference(run: Run, report: Report) -> Fit:
 def _fit_samples(system: System) -> int:
     """Samples per iteration of the reference's fit: averages run over the crystal's translations, too."""
     return int(np.clip(2 ** round(math.log2(2**21 / system.n_atoms)), 16, effort(system).fit_samples))
+
+
+@contextmanager
+def with_reference(
+    system: System, plan: Plan, learned: LearnedFlow | None, report: Report, batch: int | None = None
+) -> Iterator[tuple[Run, Fit]]:
+    """A run with its reference; one of a cell that moves is made anew around the mean cell that was found.
+
+    The arguments are those of `prepared`, and who is told what is going on.
+
+    Raises:
+        InputError: If the mean cell does not come to rest.
+    """
+    spent = 0
+    for _ in range(_CELLS):
+        with prepared(system, plan, learned, batch) as run:
+            run.sampler.energy_evaluations["reference"] += spent
+            fit = fit_reference(run, report)
+            strain = isobaric.mean_strain(system, fit.gaussian)
+            if np.abs(np.linalg.eigvalsh(strain)).max() < _AT_REST:
+                yield run, fit
+                return
+            spent = run.sampler.energy_evaluations["reference"]
+        system = strained_system(system, strain)
+    raise InputError(
+        f"pressure: no equilibrium cell was found near the given one; the last mean cell has the volume "
+        f"{system.crystal.volume:.6g} {system.units.length}^3; check pressure, density and units"
+    )
 
 
 class Crossings(NamedTuple):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from freeflow.errors import InputError, UnstableCrystalError
 from freeflow.geometry import site_indices
-from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, ThermodynamicState
+from freeflow.types import Configuration, Crystal, Ensemble, Key, Numeric, Scalar, ThermodynamicState
 
 # Below this many coordinates a dense matrix beats the FFT on CPU.
 _DENSE_COORDINATES = 400
@@ -34,13 +34,23 @@ _NEGLIGIBLE_GAIN = 0.02, 2e-5
 _SMALL_GAIN = 0.5, 1e-3
 
 
+class CellGaussian(NamedTuple):
+    """A Gaussian of the coordinates of a cell's strain, and how displacements follow them; see `freeflow.isobaric`."""
+
+    strain: Float[Numeric, " n_strains"]  # mean
+    root: Float[Numeric, "n_strains n_strains"]  # white coordinates to the strain's, symmetric
+    inverse_root: Float[Numeric, "n_strains n_strains"]
+    inner: Float[Numeric, "n_atoms 3 n_strains"]  # mean displacement per unit of a strain coordinate [length]
+
+
 class Gaussian(NamedTuple):
     """Parameters of a Gaussian crystal; arrays, so that refitting compiles nothing anew."""
 
     mean: Float[Numeric, "n_atoms 3"]  # displacement of the Gaussian's centre from the sites [length]
     root: Numeric  # A: z to displacements, dense (3N, 3N) or per wave vector [length]
     inverse_root: Numeric  # its inverse [1/length]
-    log_det: Scalar  # ln det A on the centre-of-mass-free space
+    log_det: Scalar  # ln det A on the centre-of-mass-free space, and of the cell's map
+    cell: CellGaussian | None = None  # where the cell moves
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,12 @@ class GaussianCrystal:
     """
 
     crystal: Crystal
-    colour: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
-    whiten: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
-    colour_gradient: Callable[[Gaussian, Float[Array, "n 3"]], Float[Array, "n 3"]]
-    noise: Callable[[Key, Any], Float[Array, "n 3"]]  # (key, dtype) -> white, mean-free
+    # White z has a row for every atom, and more where the cell moves; configurations are displacements (n_atoms, 3), or
+    # freeflow.cells.Strained.
+    colour: Callable[[Gaussian, Float[Array, "rows 3"]], Configuration]
+    whiten: Callable[[Gaussian, Configuration], Float[Array, "rows 3"]]
+    colour_gradient: Callable[[Gaussian, Configuration], Float[Array, "rows 3"]]
+    noise: Callable[[Key, Any], Float[Array, "rows 3"]]  # (key, dtype) -> white, mean-free
     truncated: Callable[[Key, Any], Float[Array, "n 3"]] | None = None  # where samples are not plain noise
     n_strains: int = 0  # coordinates of the cell, beside the displacements
 

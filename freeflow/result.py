@@ -87,10 +87,10 @@ class Result:
     bootstrap_std_error: float = math.nan  # of beta_f
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    quantity: str = "helmholtz_free_energy"
     trajectory: Mapping[str, Any] | None = None  # what the samples of the target were taken from
     profile: Any = None  # freeflow.observers.Profile: g(r) of the target, where it was asked for
     observed: Any = None  # what an observer made of the forward samples, one row each
+    cell: Any = None  # freeflow.observers.CellAverage, where the cell moves
 
     def __post_init__(self) -> None:
         terms = list(self.components.values())
@@ -101,6 +101,16 @@ class Result:
     @property
     def n_atoms(self) -> int:
         return self.system.n_atoms
+
+    @property
+    def quantity(self) -> str:
+        """Helmholtz's free energy, or Gibbs's where the cell moves: `beta_f` is the one or the other, in kT."""
+        return self.system.quantity
+
+    @property
+    def symbol(self) -> str:
+        """F or G."""
+        return "F" if self.system.cell_motion is None else "G"
 
     @property
     def beta_f_per_atom(self) -> float:
@@ -204,7 +214,27 @@ class Result:
             | {"seed": self.plan.seed, "config": self.system.config}
             | dict(self.provenance),
         }
+        if self.system.cell_motion is not None:
+            values |= self._under_pressure()
         return plain(values)
+
+    def _under_pressure(self) -> dict[str, Any]:
+        """What the JSON document has besides where the cell moves."""
+        units, cell = self.system.units, self.cell
+        names = ("beta_f", "beta_f_std_error", "beta_f_per_atom", "beta_f_per_atom_std_error")
+        volume = cell and {"value": cell.volume.mean, "std_error": cell.volume.std_error, "spread": cell.volume_spread}
+        vectors = cell and {"value": cell.vectors.mean, "std_error": cell.vectors.std_error}
+        return {
+            **{name.replace("beta_f", "beta_g", 1): getattr(self, name) for name in names},
+            "pressure": {"value": self._pressure, "unit": units.pressure},
+            "cell_motion": self.system.cell_motion,
+            "volume": volume and {**volume, "unit": f"{units.length}^3"},
+            "cell": vectors and {**vectors, "unit": units.length},
+        }
+
+    @property
+    def _pressure(self) -> float:
+        return float(self.system.state.pressure) / self.system.units.pressure_unit
 
     def json_text(self) -> str:
         """The JSON document, ending in a line feed."""
@@ -266,21 +296,27 @@ class Result:
 
     def sections(self) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
         """Titles and rows of the table, as text."""
-        kt, energy = self.system.kt, self.system.units.energy
+        kt, energy, symbol = self.system.kt, self.system.units.energy, self.symbol
         yield (
-            "Helmholtz free energy",
+            "Helmholtz free energy" if symbol == "F" else "Gibbs free energy",
             [
-                ("beta F / N", format_with_error(self.beta_f_per_atom, self.beta_f_per_atom_std_error), "kT per atom"),
-                ("beta F", format_with_error(self.beta_f, self.beta_f_std_error), "kT"),
-                ("F", format_with_error(self.beta_f * kt, self.beta_f_std_error * kt), energy),
                 (
-                    "F / N",
+                    f"beta {symbol} / N",
+                    format_with_error(self.beta_f_per_atom, self.beta_f_per_atom_std_error),
+                    "kT per atom",
+                ),
+                (f"beta {symbol}", format_with_error(self.beta_f, self.beta_f_std_error), "kT"),
+                (symbol, format_with_error(self.beta_f * kt, self.beta_f_std_error * kt), energy),
+                (
+                    f"{symbol} / N",
                     format_with_error(self.beta_f_per_atom * kt, self.beta_f_per_atom_std_error * kt),
                     f"{energy} per atom",
                 ),
             ],
         )
-        yield "Contributions to beta F, in kT: of the crystal, and per atom", self._contributions()
+        yield f"Contributions to beta {symbol}, in kT: of the crystal, and per atom", self._contributions()
+        if self.cell is not None:
+            yield "Cell", self._cell()
         yield "Convention", self._convention()
         yield f"Diagnostics ({self.estimator.upper()})", self._diagnostics()
         if self.system.published is not None:
@@ -295,9 +331,35 @@ class Result:
         per_atom = _column({name: value / self.n_atoms for name, value in terms.items()}, each, with_error)
         return list(zip(terms, totals, per_atom, strict=True))
 
+    def _cell(self) -> list[tuple[str, str, str]]:
+        units, (volume, spread, vectors) = self.system.units, self.cell
+        rows = [
+            ("pressure", f"{self._pressure:.10g} {units.pressure}", f"{self.system.cell_motion} cell"),
+            (
+                "volume",
+                format_with_error(volume.mean, volume.std_error),
+                f"{units.length}^3, fluctuates by {spread:.3g}",
+            ),
+            (
+                "volume / N",
+                format_with_error(volume.mean / self.n_atoms, volume.std_error / self.n_atoms),
+                f"{units.length}^3",
+            ),
+        ]
+        if self.system.cell_motion == "isotropic":
+            return rows
+        for name, mean, error in zip("abc", vectors.mean, vectors.std_error, strict=True):
+            parts = ", ".join(
+                format_with_error(x, e) if e > 0 else f"{x:.6g}" for x, e in zip(mean, error, strict=True)
+            )
+            rows.append((name, f"[{parts}]", units.length))
+        return rows
+
     def _convention(self) -> list[tuple[str, str, str]]:
         units = self.system.units
+        measure = [] if self.cell is None else [("volumes", "in units of Lambda^3; docs/gibbs.md", "")]
         return [
+            *measure,
             ("labels", "atoms belong to their sites; permutations not counted", ""),
             ("centre of mass", "free in the box", ""),
             ("Lambda", f"{self.system.thermal_wavelength:.10g} {units.length}", _by_species(self.system)),
@@ -333,7 +395,7 @@ class Result:
         difference = self.beta_f_per_atom - value
         z = self.z_score
         text = f"{value:.10g}" if error is None else format_with_error(value, error)
-        rows = [("beta F / N", text, published.source)]
+        rows = [(f"beta {self.symbol} / N", text, published.source)]
         apart = "" if math.isnan(z) else f"{z:+.1f} combined standard errors"
         rows.append(("difference", format_with_error(difference, combined), apart))
         return rows
@@ -519,6 +581,8 @@ def in_words(system: System) -> str:
     crystal = system.crystal.description or "crystal"
     potential = getattr(system.potential, "name", "")
     at = f"{system.temperature:g} {system.units.temperature}"
+    if system.cell_motion is not None:
+        at += f", {float(system.state.pressure) / system.units.pressure_unit:g} {system.units.pressure}"
     return ", ".join(part for part in (crystal, f"{system.n_atoms} atoms", potential, at) if part)
 
 

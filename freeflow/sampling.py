@@ -166,6 +166,7 @@ def sample(
         KeyboardInterrupt: If interrupted before any sample was complete.
     """
     system, plan = settled(system, plan, {"estimator": "fep", "trajectory": None, **changes})
+    system.require_fixed_cell("frames are drawn of")
     if n < 1:
         raise InputError(f"n: at least one sample is needed, got {n}")
     if method not in _METHODS:

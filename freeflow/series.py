@@ -93,6 +93,7 @@ def estimate_series(
         KeyboardInterrupt: If interrupted before the first anchor was complete.
     """
     series = as_series(problem)
+    series.system.require_fixed_cell("series and comparisons of phases are of")
     plan = revise(plan or series.system.plan, **changes)
     if plan.estimator != "fep" or plan.trajectory is not None:
         raise InputError("estimate.estimator: a series is estimated by fep, without a trajectory")

@@ -169,6 +169,7 @@ def train(
     """
     begun = time.monotonic()
     system = system if isinstance(system, System) else config.load_crystal(system)
+    system.require_fixed_cell("flows are for")
     plan, folder, report = plan or system.plan, Path(run_dir), progress or (lambda _: None)
     given = dict(given or {})
     with double_precision():

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from freeflow.errors import UnavailableError
+from freeflow.errors import InputError, UnavailableError
 from freeflow.units import UnitStyle
 
 Configuration = Any  # any pytree of arrays; displacements (n_atoms, 3) for crystals
@@ -273,15 +273,15 @@ class Crystal:
 
 @dataclass(frozen=True)
 class System:
-    """What is to be estimated: beta F = -ln Z of `target` plus the constants outside the integral.
+    """What is to be estimated: beta F or beta G, -ln Z of `target` plus the constants outside the integral.
 
-    `constants` names each contribution to beta F [kT] that stands outside the integral over
+    `constants` names each contribution to it [kT] that stands outside the integral over
     configurations (lattice energy, centre of mass, thermal wavelength); their sum is
     -`log_prefactor`.
     """
 
     name: str
-    target: Ensemble
+    target: Ensemble  # of displacements, or of freeflow.cells.Strained where the cell moves
     state: ThermodynamicState
     constants: Mapping[str, float]
     units: UnitStyle
@@ -290,6 +290,7 @@ class System:
     potential: Any  # freeflow.potentials.Potential, SpeciesPairs or External
     thermal_wavelength: float  # geometric mean over the atoms [length]
     nearest_image_only: bool = False
+    cell_motion: str | None = None  # isotropic | orthorhombic | triclinic; None for a fixed cell
     symmetries: tuple[Symmetry, ...] = ()
     plan: Plan = field(default_factory=Plan)
     published: Published | None = None
@@ -304,6 +305,20 @@ class System:
     def kt(self) -> float:
         """Thermal energy in the unit style's energy unit."""
         return self.units.boltzmann * self.temperature
+
+    @property
+    def quantity(self) -> str:
+        """What is estimated, by its name in results."""
+        return "helmholtz_free_energy" if self.cell_motion is None else "gibbs_free_energy"
+
+    def require_fixed_cell(self, what: str) -> None:
+        """Refuse what has not been made for cells that move.
+
+        Raises:
+            InputError: If the cell moves.
+        """
+        if self.cell_motion is not None:
+            raise InputError(f"pressure: {what} crystals in a fixed cell only; leave it out to have one")
 
     @property
     def log_prefactor(self) -> float:

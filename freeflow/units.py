@@ -17,6 +17,8 @@ class UnitStyle:
     length: str
     temperature: str
     boltzmann: float  # [energy/temperature]
+    pressure: str
+    pressure_unit: float  # one unit of pressure [energy/length**3]
 
     def with_boltzmann(self, value: float | None) -> UnitStyle:
         """The same style with another Boltzmann constant."""
@@ -24,12 +26,12 @@ class UnitStyle:
 
 
 UNIT_STYLES = {
-    "lj": UnitStyle("lj", "epsilon", "sigma", "epsilon/k_B", 1.0),
-    # LAMMPS's constant, which the published mW values were computed with; 0.001987204 would
-    # shift them by 4e-5 per atom.
-    "real": UnitStyle("real", "kcal/mol", "angstrom", "K", 0.0019872067),
+    "lj": UnitStyle("lj", "epsilon", "sigma", "epsilon/k_B", 1.0, "epsilon/sigma^3", 1.0),
+    # LAMMPS's constants; the Boltzmann constant is the one that the published mW values were computed
+    # with; 0.001987204 would shift them by 4e-5 per atom.
+    "real": UnitStyle("real", "kcal/mol", "angstrom", "K", 0.0019872067, "atm", 1 / 68568.415),
     # CODATA 2018.
-    "metal": UnitStyle("metal", "eV", "angstrom", "K", 8.617333262e-5),
+    "metal": UnitStyle("metal", "eV", "angstrom", "K", 8.617333262e-5, "bar", 1 / 1.602176634e6),
 }
 
 
@@ -71,3 +73,20 @@ def thermal_wavelength_of(mass: float, units: UnitStyle, temperature: float) -> 
 
 # One eV, the unit of ASE, in the energy of a style; in reduced units the numbers stay as they are.
 ELECTRON_VOLT = {"lj": 1.0, "real": _JOULES["metal"] / _JOULES["real"], "metal": 1.0}
+
+
+# Units in which a pressure may be written out [Pa], and those that the styles are in.
+PASCALS = {"Pa": 1.0, "kPa": 1e3, "MPa": 1e6, "GPa": 1e9, "bar": 1e5, "kbar": 1e8, "Mbar": 1e11, "atm": 101325.0}
+
+
+def pressure_in(style: UnitStyle, value: float, unit: str) -> float:
+    """A pressure, given in one of `PASCALS`, in the style's own unit.
+
+    Raises:
+        InputError: If the unit is none of these, or the style is without dimension.
+    """
+    if style.pressure not in PASCALS:
+        raise InputError(f"pressure: a number in {style.pressure} is expected in units {style.name}, not {unit}")
+    if unit not in PASCALS:
+        raise InputError(f"pressure: no unit {unit!r}; use one of {', '.join(PASCALS)}")
+    return value * PASCALS[unit] / PASCALS[style.pressure]

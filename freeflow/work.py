@@ -76,7 +76,8 @@ class Coordinates(NamedTuple):
 
 
 PLAIN = Coordinates(lambda x: x, lambda u: u)
-Observe = Callable[[np.ndarray], Any]  # displacements (batch, n_atoms, 3) -> arrays with one row per sample
+# Displacements (batch, n_atoms, 3), or a batch of `freeflow.cells.Strained` -> arrays with one row per sample.
+Observe = Callable[[Any], Any]
 
 
 def n_workers() -> int:
@@ -254,6 +255,12 @@ class BridgeSampler:
         energies, gradients = zip(*team.gathered(self.each(one, parts)), strict=True)
         return np.concatenate(energies), np.concatenate(gradients)
 
+    def gradients(self, gaussian: Gaussian, z: np.ndarray) -> np.ndarray:
+        """Gradient of the target's reduced potential with respect to any number of white z."""
+        n = len(z)
+        padded = np.concatenate([z, np.zeros((-n % self.batch, *z.shape[1:]))])
+        return self.evaluate(gaussian, padded)[1][:n]
+
     def _walk(
         self, name: str, params: BridgeParams, keys: Array, walker: Walker, on_segment: OnSegment
     ) -> Walker | None:
@@ -267,9 +274,9 @@ class BridgeSampler:
             on_segment(self.batch * int(segment.count))
         return walker
 
-    def displacements(self, gaussian: Gaussian, walker: Walker) -> np.ndarray:
-        """Where walkers stand (batch, n_atoms, 3) [length]."""
-        return np.asarray(self.compile("displacements", gaussian).result()(gaussian, walker.z))
+    def displacements(self, gaussian: Gaussian, walker: Walker) -> Any:
+        """Where walkers stand (batch, n_atoms, 3) [length], or what else their coordinates are, a batch of them."""
+        return jax.tree.map(np.asarray, self.compile("displacements", gaussian).result()(gaussian, walker.z))
 
     def _cross(
         self, params: BridgeParams, index: int, settle: int, on_segment: OnSegment, observe: Observe | None

@@ -107,6 +107,8 @@ def _system(section: SystemSection, folder: Path) -> System:
         plan=section.estimate.plan(folder),
         published=section.published and section.published.record(),
         config=config,
+        pressure=(section.resolved_pressure or 0.0) * section.unit_style.pressure_unit,
+        cell_motion=section.cell_motion,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,8 @@ from pydantic_core import PydanticCustomError
 
 from freeflow.config.words import describe, show
 from freeflow.cores import n_cores
-from freeflow.units import UnitStyle, unit_style
+from freeflow.errors import InputError
+from freeflow.units import PASCALS, UnitStyle, pressure_in, unit_style
 
 if TYPE_CHECKING:
     from freeflow.potentials import External, Potential, SpeciesPairs
@@ -86,6 +89,18 @@ def _stages(value: Any) -> int | str:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1_000_000):
         return value
     raise _wrong(f"expected auto or a whole number from 1 to 1000000, got {show(value)}")
+
+
+def _pressure(value: Any) -> float | tuple[float, str]:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, tuple):  # read before
+        return value
+    number, _, unit = value.strip().partition(" ") if isinstance(value, str) else ("", "", "")
+    with contextlib.suppress(ValueError):
+        if unit.strip() in PASCALS and math.isfinite(float(number)):
+            return float(number), unit.strip()
+    raise _wrong(f"expected a number, or one with a unit ({', '.join(PASCALS)}) like 1 kbar, got {show(value)}")
 
 
 def _line_of_text(value: str) -> str:
@@ -620,6 +635,12 @@ class SystemSection(_FileSection):
     temperature: Temperatures = Field(
         description="[K], or [epsilon/k_B] in lj units; a list or START:STOP:STEP is a series"
     )
+    pressure: Annotated[float | tuple[float, str] | None, BeforeValidator(_pressure)] = Field(
+        default=None, description="makes it a Gibbs free energy [epsilon/sigma^3, atm in real units, bar in metal ones]"
+    )
+    cell_motion: Literal["isotropic", "orthorhombic", "triclinic"] | None = Field(
+        default=None, description="of a crystal under pressure; isotropic if there is a pressure"
+    )
     potential: Annotated[
         LennardJones | StillingerWeber | WeeksChandlerAndersen | BornMayer | PythonFunction | AseCalculator,
         Field(discriminator="kind"),
@@ -647,7 +668,28 @@ class SystemSection(_FileSection):
         if preset is not None and (native := STILLINGER_WEBER_PRESETS[preset]["units"]) != self.units:
             message = f"{preset} is in units {native} ({describe(native)}), but this file's units are {self.units}"
             raise _wrong(message, ("potential", "preset"))
-        return self
+        return self._under_pressure()
+
+    def _under_pressure(self) -> SystemSection:
+        if self.pressure is None:
+            if self.cell_motion is not None:
+                raise _wrong("a cell moves under a pressure; give pressure, too (it may be 0)", ("cell_motion",))
+            return self
+        if isinstance(self.temperature, tuple):
+            raise _wrong("series are of crystals in a fixed cell only; give one temperature", ("temperature",))
+        for key, value in (("flow", self.estimate.flow), ("trajectory", self.estimate.trajectory)):
+            if value is not None:
+                raise _wrong("for crystals in a fixed cell only; leave it out, or the pressure", ("estimate", key))
+        try:
+            pressure = self.resolved_pressure
+        except InputError as error:
+            raise _wrong(str(error).removeprefix("pressure: "), ("pressure",)) from None
+        return self.model_copy(update={"pressure": pressure, "cell_motion": self.cell_motion or "isotropic"})
+
+    @property
+    def resolved_pressure(self) -> float | None:
+        """Pressure in the unit of the style."""
+        return pressure_in(self.unit_style, *self.pressure) if isinstance(self.pressure, tuple) else self.pressure
 
     @property
     def resolved_wavelength(self) -> float | dict[str, float] | None:

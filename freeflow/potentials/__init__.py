@@ -9,6 +9,7 @@ from freeflow.potentials.core import (
     force_constants,
     lattice_energy,
 )
+from freeflow.potentials.deformed import deformed_energy
 from freeflow.potentials.external import External, ase_potential, check, python_potential
 from freeflow.potentials.pair import lennard_jones, wca
 from freeflow.potentials.species import SpeciesPairs, born_mayer
@@ -25,6 +26,7 @@ __all__ = [
     "bind",
     "born_mayer",
     "check",
+    "deformed_energy",
     "energy_and_gradient",
     "force_constants",
     "lattice_energy",

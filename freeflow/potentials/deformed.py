@@ -1,0 +1,246 @@
+"""Energies of a crystal in a deformed cell: every separation d of the reference cell becomes F d.
+
+The kernels walk over the same neighbour tables as those of `freeflow.potentials.core`, and return the virial
+beside the forces: the derivative with respect to F costs six sums of products per bond, and no further evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from freeflow.geometry import NeighbourTable
+from freeflow.potentials.core import Potential
+from freeflow.types import in_double_precision
+
+DeformedEnergy = Callable[[Float[Array, "n 3"], Float[Array, "3 3"]], Float[Array, ""]]
+
+# Components of a symmetric matrix that are summed.
+_UPPER = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
+
+
+class _Slot(NamedTuple):
+    """A slot of a neighbour table; a leading axis stacks slots."""
+
+    partner: Any  # (n_atoms,)
+    source: Any  # (n_atoms,) of the slot before
+    offset: Any  # (n_atoms, 3)
+
+
+class _Sums(NamedTuple):
+    """What a kernel finds."""
+
+    energy: Array  # (n_atoms, batch), booked on the atoms
+    gradient: Array  # (n_atoms, 3, batch) with respect to positions in the deformed cell
+    virial: Array  # (3, 3, batch): sum over bonds of dU/dd d^T, symmetric
+
+
+def deformed_energy(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> DeformedEnergy:
+    """U of displacements u and a deformation F, less U of the undeformed lattice; differentiable once in both.
+
+    An atom at X + u of the reference cell is at F (X + u) of the deformed one, and the cell's vectors h are F h.
+
+    Args:
+        potential: What to evaluate [energy].
+        table: Neighbours in the reference cell; pairs outside it are not seen.
+        dtype: Precision of the kernel; atomic energies are summed in the widest precision that JAX has switched on.
+
+    Returns:
+        A function of displacements (n_atoms, 3) [length] and a matrix (3, 3); vmap reaches the batched kernel.
+
+    Raises:
+        ValueError: If the table takes nearest images at run time, in a box of fixed size.
+    """
+    if table.box is not None:
+        raise ValueError("nearest images are those of one fixed box; it cannot be deformed")
+    kernel = _pairs(potential, table, dtype) if potential.weight is None else _triplets(potential, table, dtype)
+    at_rest = _at_rest(kernel, table)
+
+    def batched(u: Float[Array, "n 3 batch"], f: Float[Array, "3 3 batch"]) -> tuple[Array, Array, Array]:
+        deformation = f.astype(dtype)
+        sums = kernel(u.astype(dtype), deformation)
+        relative = sums.energy - np.asarray(at_rest, dtype)[:, None]
+        total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
+        by_u = jnp.stack([_along(deformation[:, a], [sums.gradient[:, b] for b in range(3)]) for a in range(3)], axis=1)
+        # dU/dF = sum dU/dd (F^-1 d)^T, from the virial sum dU/dd d^T.
+        by_f = jnp.einsum("abk,cbk->ack", sums.virial, _inverse(deformation))
+        return total, by_u.astype(u.dtype), by_f.astype(f.dtype)
+
+    @jax.custom_batching.custom_vmap
+    def one(u, f):
+        energy, by_u, by_f = batched(u[:, :, None], f[:, :, None])
+        return energy[0], by_u[:, :, 0], by_f[:, :, 0]
+
+    @one.def_vmap
+    def _(axis_size, in_batched, u, f):
+        u, f = (
+            jnp.moveaxis(x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape)), 0, -1)
+            for x, is_batched in zip((u, f), in_batched, strict=True)
+        )
+        energy, by_u, by_f = batched(u, f)
+        return (energy, jnp.moveaxis(by_u, -1, 0), jnp.moveaxis(by_f, -1, 0)), (True, True, True)
+
+    @jax.custom_vjp
+    def energy(u, f):
+        return one(u, f)[0]
+
+    def forward(u, f):
+        value, *gradients = one(u, f)
+        return value, gradients
+
+    def backward(gradients, cotangent):
+        return tuple((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
+
+    energy.defvjp(forward, backward)
+    return energy
+
+
+@in_double_precision
+def _at_rest(kernel: Callable[[Array, Array], _Sums], table: NeighbourTable) -> np.ndarray:
+    """Energy (n_atoms,) that a kernel books on every atom of the perfect lattice."""
+    with jax.ensure_compile_time_eval():
+        u, f = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
+        return np.asarray(jax.jit(lambda u, f: kernel(u, f).energy)(u, f))[:, 0]  # compiles no forces
+
+
+def _inverse(f: Array) -> Array:
+    """Inverses of matrices (3, 3, batch), by cofactors."""
+    rows = [jnp.cross(f[(a + 1) % 3], f[(a + 2) % 3], axis=0) for a in range(3)]
+    return jnp.stack(rows, axis=1) / jnp.sum(f[0] * rows[0], axis=0)
+
+
+def _along(row: Array, d: list[Array]) -> Array:
+    """Product of a row (3, batch) of a matrix with vectors given by components (n, batch)."""
+    return row[0][None] * d[0] + row[1][None] * d[1] + row[2][None] * d[2]
+
+
+def _slots(table: NeighbourTable, dtype: str) -> tuple[_Slot, np.ndarray]:
+    """The slots as a loop reads them, and the sources of the last one."""
+    partner, source = np.asarray(table.partner, np.int32), np.asarray(table.source, np.int32)
+    nothing_before = np.arange(partner.shape[1], dtype=np.int32)[None]
+    return _Slot(partner, np.concatenate([nothing_before, source[:-1]]), np.asarray(table.offset, dtype)), source[-1]
+
+
+def _bond(x: list[Array], f: Array, slot: _Slot) -> list[Array]:
+    d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
+    return [_along(f[a], d) for a in range(3)]
+
+
+Parts = tuple[Array, ...]
+
+
+def _walk(
+    slots: _Slot,
+    last: np.ndarray,
+    visit: Callable[[_Slot], tuple[Parts, Parts]],
+    n_own: int,
+    parity: tuple[int, ...],
+    zero: Array,
+) -> tuple[Parts, Parts]:
+    """Sums over the slots; `visit` gives what an atom keeps, and what it shares with the partner and its sign there.
+
+    The partners' share travels through the loop's carry and is fetched one slot later: see `_triplet_kernel` in
+    `freeflow.potentials.core`.
+    """
+
+    def book(totals: Parts, shares: Parts, at: Any) -> Parts:
+        return tuple(
+            total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
+        )
+
+    def step(carry, slot):
+        own, totals, shares = carry
+        totals = book(totals, shares, slot.source)
+        more, shares = visit(slot)
+        return (tuple(a + b for a, b in zip(own, more, strict=True)), totals, shares), None
+
+    none = (zero,) * len(parity)
+    (own, totals, shares), _ = jax.lax.scan(step, ((zero,) * n_own, none, none), slots)
+    return own, book(totals, shares, last)
+
+
+def _matrix(upper: Parts) -> Array:
+    """Symmetric matrices (3, 3, batch) from sums booked on atoms (n_atoms, batch)."""
+    total = {index: jnp.sum(part, axis=0) for index, part in zip(_UPPER, upper, strict=True)}
+    return jnp.stack([jnp.stack([total[min(a, b), max(a, b)] for b in range(3)]) for a in range(3)])
+
+
+def _with_slope(f: Callable[[Array], Array], r2: Array) -> tuple[Array, Array]:
+    return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
+
+
+def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
+    """Pair potentials."""
+    slots, last = _slots(table, dtype)
+
+    def kernel(u: Array, f: Array) -> _Sums:
+        x = [u[:, a] for a in range(3)]
+
+        def visit(slot: _Slot) -> tuple[Parts, Parts]:
+            d = _bond(x, f, slot)
+            value, slope = _with_slope(potential.pair, d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+            pull = [-2 * slope * d[a] for a in range(3)]
+            return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
+
+        (energy, *virial), gradient = _walk(slots, last, visit, 7, (-1, -1, -1), jnp.zeros_like(x[0]))
+        return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(tuple(virial)))
+
+    return kernel
+
+
+def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
+    """Pairs and bond moments; the energy is that of `Potential`, the two passes are those of the undeformed kernel."""
+    assert potential.weight is not None
+    weight, pair, cosine = potential.weight, potential.pair, np.asarray(potential.cosine, dtype)
+    slots, last = _slots(table, dtype)
+    # Even moments are the same seen from either end of a bond, the first one is opposite.
+    parity = (1,) * 7 + (-1,) * 3
+
+    def kernel(u: Array, f: Array) -> _Sums:
+        x = [u[:, a] for a in range(3)]
+        zero = jnp.zeros_like(x[0])
+
+        def unit(slot: _Slot) -> tuple[list[Array], Array, Array, list[Array]]:
+            d = _bond(x, f, slot)
+            r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+            inverse_r = jax.lax.rsqrt(r2)
+            return d, r2, inverse_r, [d[a] * inverse_r for a in range(3)]
+
+        def gather(slot: _Slot) -> tuple[Parts, Parts]:
+            _, r2, _, (nx, ny, nz) = unit(slot)
+            g = weight(r2)
+            gx, gy, gz = g * nx, g * ny, g * nz
+            return (pair(r2),), (g, gx * nx, gx * ny, gx * nz, gy * ny, gy * nz, gz * nz, gx, gy, gz)
+
+        (energy,), moments = _walk(slots, last, gather, 1, parity, zero)
+        m0, xx, xy, xz, yy, yz, zz, mx, my, mz = moments
+        m1_m1 = mx * mx + my * my + mz * mz
+        m2_m2 = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
+        energy = energy + 0.5 * (m2_m2 - 2 * cosine * m1_m1 + cosine * cosine * m0 * m0)
+        by = (cosine * cosine * m0, xx, xy, xz, yy, yz, zz, *(-2 * cosine * m for m in (mx, my, mz)))
+
+        def push(slot: _Slot) -> tuple[Parts, Parts]:
+            d, r2, inverse_r, (nx, ny, nz) = unit(slot)
+            _, slope = _with_slope(pair, r2)
+            g, g_slope = _with_slope(weight, r2)
+            s0, sxx, sxy, sxz, syy, syz, szz, sx, sy, sz = (
+                here + sign * here[slot.partner] for here, sign in zip(by, parity, strict=True)
+            )
+            tx = sxx * nx + sxy * ny + sxz * nz
+            ty = sxy * nx + syy * ny + syz * nz
+            tz = sxz * nx + syz * ny + szz * nz
+            s_n, n_t = sx * nx + sy * ny + sz * nz, tx * nx + ty * ny + tz * nz
+            along = 2 * (slope + g_slope * (s0 + s_n + n_t)) - g * inverse_r * inverse_r * (s_n + 2 * n_t)
+            turn = g * inverse_r
+            pull = [-(along * d[a] + turn * (s + 2 * t)) for a, (s, t) in enumerate(((sx, tx), (sy, ty), (sz, tz)))]
+            return tuple(-pull[a] * d[b] for a, b in _UPPER), tuple(pull)
+
+        virial, gradient = _walk(slots, last, push, 6, (-1, -1, -1), zero)
+        return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(virial))
+
+    return kernel
