@@ -199,19 +199,22 @@ class IsobaricFit:
         bounded = (vectors * np.clip(values, -0.6, 1.5)) @ vectors.T
         precision = root @ (np.eye(k) + bounded) @ root
 
-        step = -(turn.mean(axis=0) @ inverse @ g_s.mean(axis=0))
+        slope = turn.mean(axis=0) @ g_s.mean(axis=0)
+        step = -inverse @ slope
         step *= min(1.0, _LONGEST_STEP / max(float(np.linalg.norm(step)), 1e-300))
         # The displacements' mean gradient per unit of strain, that they go after; <z z_s> is known to vanish.
         pulled = np.einsum("sni,sk->nik", (gradient - z)[:, :n], z_s) / len(z)
-        inner = self.inner - self._periodic(pulled, turn) @ root
+        answer = self._periodic(pulled, turn)
+        gain += 0.25 * (values**2).sum() + 0.5 * (slope**2).sum()
+        gain += 0.5 * (_whitened(self.displacements, answer) ** 2).sum()
         better = replace(
             self,
             displacements=self.displacements if self.frozen else displacements,
             precision=precision,
             strain=self.strain + step,
-            inner=inner,
+            inner=self.inner - answer @ root,
         )
-        return better, gain + float(0.25 * (values**2).sum())
+        return better, float(gain)
 
     def _periodic(self, pulled: np.ndarray, turn: np.ndarray) -> np.ndarray:
         """Displacements of the basis atoms per strain that answer whitened gradients (n_atoms, 3, n_strains)."""

@@ -333,25 +333,24 @@ class Result:
 
     def _cell(self) -> list[tuple[str, str, str]]:
         units, (volume, spread, vectors) = self.system.units, self.cell
+        mean, error = float(volume.mean), float(volume.std_error)
         rows = [
             ("pressure", f"{self._pressure:.10g} {units.pressure}", f"{self.system.cell_motion} cell"),
             (
                 "volume",
-                format_with_error(volume.mean, volume.std_error),
+                format_with_error(mean, error),
                 f"{units.length}^3, fluctuates by {spread:.3g}",
             ),
             (
                 "volume / N",
-                format_with_error(volume.mean / self.n_atoms, volume.std_error / self.n_atoms),
+                format_with_error(mean / self.n_atoms, error / self.n_atoms),
                 f"{units.length}^3",
             ),
         ]
         if self.system.cell_motion == "isotropic":
             return rows
-        for name, mean, error in zip("abc", vectors.mean, vectors.std_error, strict=True):
-            parts = ", ".join(
-                format_with_error(x, e) if e > 0 else f"{x:.6g}" for x, e in zip(mean, error, strict=True)
-            )
+        for name, *edge in zip("abc", vectors.mean.tolist(), vectors.std_error.tolist(), strict=True):
+            parts = ", ".join(format_with_error(x, e) if e > 0 else f"{x:.6g}" for x, e in zip(*edge, strict=True))
             rows.append((name, f"[{parts}]", units.length))
         return rows
 

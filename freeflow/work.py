@@ -185,7 +185,7 @@ class BridgeSampler:
         y = self.recipe.colour(gaussian, walker.z.astype("float64"))
         return self.target.reduced_potential(y, self.state) - walker.u_b
 
-    def _displacements(self, gaussian: Gaussian, z: Array) -> Array:
+    def _displacements(self, gaussian: Gaussian, z: Array) -> Any:
         return self.coordinates.displacements(self.recipe.colour(gaussian, z.astype("float64")))
 
     def _whiten(self, gaussian: Gaussian, displacements: Array) -> Array:

@@ -28,6 +28,14 @@ MW = {  # Molinero and Moore, J. Phys. Chem. B 113, 4008 (2009); kcal/mol and an
 }
 SILICON = MW | {"epsilon": 2.1683, "sigma": 2.0951, "lambda": 21.0}  # PRB 31, 5262 (1985); eV, angstrom
 
+# LAMMPS's units of pressure per energy/length**3 (nktv2p in its source).
+_PRESSURE_UNITS = {"lj": 1.0, "real": 68568.415, "metal": 1.6021765e6}
+_VIRIAL = (
+    "compute virial all pressure NULL virial",
+    "thermo_style custom step pe c_virial[1]",
+    "thermo_modify norm no",
+)
+
 LJ_DEFAULTS = {"epsilon": 1.0, "sigma": 1.0, "shift": True}
 
 
@@ -63,6 +71,19 @@ def lammps_energy_forces(
         units: LAMMPS's unit style.
         types: Type of each atom, 1 to n; by default all 1. For "sw" only 1.
     """
+    energy, forces, _ = lammps_stress(cell, positions, style, params, units, types)
+    return energy, forces
+
+
+def lammps_stress(
+    cell: np.ndarray,
+    positions: np.ndarray,
+    style: Literal["lj", "sw"],
+    params: Mapping[str, Any],
+    units: Literal["lj", "real", "metal"],
+    types: Sequence[int] | None = None,
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The same with the virial part of the pressure tensor (3, 3) [energy/length**3]."""
     lammps = _import_lammps()
     cell, positions = np.asarray(cell, float), np.asarray(positions, float)
     n_atoms = len(positions)
@@ -78,12 +99,14 @@ def lammps_energy_forces(
             if lmp.get_natoms() != n_atoms:
                 raise RuntimeError(f"LAMMPS took {lmp.get_natoms()} of {n_atoms} atoms")
             pair = _lennard_jones(params, max(types)) if style == "lj" else _stillinger_weber(params, Path(folder))
-            lmp.commands_list([*pair, "thermo_modify norm no", "run 0 post no"])
+            lmp.commands_list([*pair, *_VIRIAL, "run 0 post no"])
             energy = lmp.get_thermo("pe")
             forces = np.array(lmp.gather_atoms("f", 1, 3)).reshape(n_atoms, 3)
+            xx, yy, zz, xy, xz, yz = lmp.numpy.extract_compute("virial", 0, 1) / _PRESSURE_UNITS[units]
         finally:
             lmp.close()
-    return energy, forces @ rotation
+    stress = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    return energy, forces @ rotation, rotation.T @ stress @ rotation
 
 
 def _import_lammps():

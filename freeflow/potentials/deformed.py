@@ -111,7 +111,7 @@ def _at_rest(kernel: Callable[[Array, Array], _Sums], table: NeighbourTable) -> 
 def _inverse(f: Array) -> Array:
     """Inverses of matrices (3, 3, batch), by cofactors."""
     rows = [jnp.cross(f[(a + 1) % 3], f[(a + 2) % 3], axis=0) for a in range(3)]
-    return jnp.stack(rows, axis=1) / jnp.sum(f[0] * rows[0], axis=0)
+    return jnp.stack(rows, axis=1) / jnp.sum(f[0] * rows[0], axis=0)[None, None]
 
 
 def _along(row: Array, d: list[Array]) -> Array:
