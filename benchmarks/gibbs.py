@@ -1,12 +1,15 @@
 """Gibbs free energies against F + pV, and mean volumes against molecular dynamics at constant pressure.
 
 python benchmarks/gibbs.py consistency mw_cubic_64 --pressure "1 kbar" --motion isotropic
-python benchmarks/gibbs.py lammps mw_cubic_64 --pressure "1 kbar" --steps 400000
+python benchmarks/gibbs.py lammps mw_cubic_64 --pressure "1 kbar" --steps 400000     (of 10 fs; `fix npt`)
 """
 
 import argparse
 import contextlib
 import math
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -88,6 +91,43 @@ def consistency(options):
         print(f"{name}: {result.status}, {result.wall_seconds['total']:.0f} s, {evaluations} evaluations")
 
 
+def lammps(options):
+    """Mean volume of mW by `fix npt`; its momentum is zero, so that V has one power less than in the ensemble."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import lammps_oracle
+
+    from freeflow.estimators import statistical_inefficiency
+
+    system = freeflow.load(described(options.system, options.pressure, "isotropic"))
+    pressure, t = float(system.state.pressure) / system.units.pressure_unit, system.temperature
+    motion = {"isotropic": "iso", "orthorhombic": "aniso", "triclinic": "tri"}[options.motion]
+    crystal, volumes = system.crystal, []
+    with tempfile.TemporaryDirectory() as folder:
+        lmp = lammps_oracle._import_lammps().lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
+        lmp.commands_list(lammps_oracle._setup(crystal.cell, system.units.name, 1))
+        lmp.create_atoms(system.n_atoms, None, [1] * system.n_atoms, crystal.sites.ravel().tolist())
+        lmp.commands_list(
+            [
+                *(["change_box all triclinic"] if motion == "tri" else []),
+                *lammps_oracle._stillinger_weber(lammps_oracle.MW, Path(folder)),
+                "mass * 18.015",
+                "timestep 10.0",
+                f"velocity all create {2 * t} {options.seed + 4711} mom yes rot no",
+                f"fix move all npt temp {t} {t} 500.0 {motion} {pressure:.10g} {pressure:.10g} 3000.0",
+                "run 20000",
+            ]
+        )
+        while len(volumes) < options.steps // 50:
+            lmp.command("run 50 post no")
+            volumes.append(lmp.get_thermo("vol") / system.n_atoms)
+        lmp.close()
+    v = np.array(volumes)
+    g = statistical_inefficiency(v)
+    shift = v.var() / v.mean()  # of the mean by one power of V
+    print(f"<V> / N {v.mean():.4f} +- {v.std() * math.sqrt(g / len(v)):.4f}, spread {v.std():.4f}; with the power that")
+    print(f"is missing {v.mean() + shift:.4f}; {len(v) / g:.0f} independent of {len(v)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -99,6 +139,13 @@ def main():
     one.add_argument("--max-samples", type=int, default=100_000)
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=consistency)
+    two = commands.add_parser("lammps")
+    two.add_argument("system")
+    two.add_argument("--pressure", default="0")
+    two.add_argument("--motion", default="isotropic", choices=list(CELL_MOTIONS))
+    two.add_argument("--steps", type=int, default=400_000)
+    two.add_argument("--seed", type=int, default=0)
+    two.set_defaults(run=lammps)
     options = parser.parse_args()
     options.run(options)
 

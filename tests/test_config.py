@@ -29,8 +29,8 @@ CRYSTAL = "crystal: {lattice: fcc, repeats: [4, 4, 4], number_density: 1.28}\n"
 LJ = "kind: lennard_jones, cutoff: 2.7"
 KINDS = "lennard_jones, stillinger_weber, wca, born_mayer, python, ase"
 KEYS = (
-    "name, units, temperature, boltzmann, potential, crystal, structure, thermal_wavelength, masses, estimate, "
-    "published"
+    "name, units, temperature, boltzmann, pressure, cell_motion, potential, crystal, structure, thermal_wavelength, "
+    "masses, estimate, published"
 )
 
 
@@ -229,6 +229,27 @@ BAD_VALUES = [
         "s.yaml:1: tags ('tag:yaml.org,2002:python/name:os.system') are not allowed",
     ),
     ("name: test", "? [a]\n: b", "s.yaml:1: a key must be a word"),
+    *[
+        ("name: test", f"name: test\n{lines}", f"s.yaml:2: {message}")
+        for lines, message in [
+            ("cell_motion: triclinic", "cell_motion: a cell moves under a pressure; give pressure, too (it may be 0)"),
+            ("cell_motion: triclinik\npressure: 1", "cell_motion: unknown value 'triclinik'; did you mean triclinic?"),
+            ("pressure: 1 kbar", "pressure: a number in epsilon/sigma^3 is expected in units lj, not kbar"),
+            *[
+                (
+                    f"pressure: {value}",
+                    "pressure: expected a number, or one with a unit (Pa, kPa, MPa, GPa, bar, kbar, Mbar, atm) "
+                    f"like 1 kbar, got {shown}",
+                )
+                for value, shown in [
+                    ("1 kbarr", "'1 kbarr'"),
+                    ("[1, 2]", "[1, 2]"),
+                    (".nan", "nan"),
+                    ("nan bar", "'nan bar'"),
+                ]
+            ],
+        ]
+    ],
 ]
 
 
@@ -545,3 +566,31 @@ def test_impossible_plans(changes, message):
 def test_importing_config_does_not_start_jax():
     code = "import sys, freeflow.config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("units", "preset", "pressure", "value"),
+    [("real", "mw", "1 kbar", 1e8 / 101325), ("real", "mw", "2.5", 2.5), ("metal", "silicon", "1.5 GPa", 15000.0)],
+)
+def test_pressures_may_have_a_unit(read, units, preset, pressure, value):
+    text = f"""
+name: pressed
+units: {units}
+temperature: 200
+pressure: {pressure}
+potential: {{kind: stillinger_weber, preset: {preset}}}
+crystal: {{lattice: diamond, repeats: [2, 2, 2], number_density: 0.033}}
+"""
+    section = read(text)
+    assert section.resolved_pressure == pytest.approx(value)
+    assert section.cell_motion == "isotropic"
+    resolved = section.resolved()
+    assert resolved["pressure"] == pytest.approx(value) and resolved["cell_motion"] == "isotropic"
+
+
+@pytest.mark.parametrize("key", ["flow: {checkpoint: shipped}", "trajectory: md.dcd"])
+def test_flows_and_trajectories_refuse_a_pressure(read, key):
+    text = GOOD.replace("name: test", "name: test\npressure: 1", 1).replace("estimate:", f"estimate:\n  {key}", 1)
+    name = key.partition(":")[0]
+    message = f"estimate.{name}: for crystals in a fixed cell only; leave it out, or the pressure"
+    assert complaint(read, text).endswith(message)

@@ -27,6 +27,11 @@ CASES = {  # potential; lattice; LAMMPS's words
 }
 
 
+NAMES = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "silicon diamond")) for name in CASES]
+)
+
+
 @functools.cache
 def case(name):
     """Crystal, potential, displacements, a deformation without any symmetry, and a table for both."""
@@ -46,7 +51,7 @@ def evaluator(name, dtype="float64"):
     return jax.jit(jax.value_and_grad(deformed_energy(potential, table, dtype), (0, 1)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES
 def test_without_deformation_it_is_the_kernel_of_fixed_cells(name):
     _, potential, u, _, table = case(name)
     value, (gradient, _) = evaluator(name)(jnp.asarray(u), jnp.eye(3))
@@ -55,7 +60,7 @@ def test_without_deformation_it_is_the_kernel_of_fixed_cells(name):
     np.testing.assert_allclose(gradient, slope, atol=1e-10 * np.abs(slope).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES
 def test_the_lattice_deforms_with_its_cell(name):
     crystal, potential, u, f, table = case(name)
     deformed = Crystal(**{**vars(crystal), "cell": crystal.cell @ f, "sites": crystal.sites @ f})
@@ -65,7 +70,7 @@ def test_the_lattice_deforms_with_its_cell(name):
     assert float(value) == pytest.approx(energy, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES
 def test_gradients_are_finite_differences(name):
     _, _, u, f, _ = case(name)
     energy = evaluator(name)
@@ -78,7 +83,7 @@ def test_gradients_are_finite_differences(name):
         assert slope == pytest.approx((up - down) / (2 * h), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES
 def test_energy_forces_and_pressure_agree_with_lammps(name):
     require_lammps()
     crystal, potential, u, f, table = case(name)
@@ -94,7 +99,7 @@ def test_energy_forces_and_pressure_agree_with_lammps(name):
 
 
 def test_batches_are_single_configurations():
-    name = "mw hexagonal"
+    name = "lj fcc"
     _, potential, u, f, table = case(name)
     some = np.stack([u, 0.5 * u, 0 * u])
     deformations = np.stack([f, np.eye(3), 0.99 * np.eye(3)])

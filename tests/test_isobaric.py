@@ -291,6 +291,7 @@ def test_it_is_the_helmholtz_free_energy_and_pv_and_the_fluctuation():
     assert error < 0.15
 
 
+@pytest.mark.slow
 def test_another_starting_density_gives_the_same():
     other = freeflow.estimate({**LJ, "crystal": {**LJ["crystal"], "number_density": 1.05}}, seed=1)
     result = lj_result()

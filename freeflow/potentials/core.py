@@ -298,7 +298,7 @@ def bind(
 
 
 # For code that runs once: it is compiled without optimisation, which takes half the time.
-_RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 @in_double_precision
@@ -310,7 +310,7 @@ def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Floa
     with jax.ensure_compile_time_eval():
         rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
         kernel = _kernel(potential, table, "float64")
-        return np.asarray(jax.jit(lambda u: kernel(u)[0], compiler_options=_RUN_ONCE)(rest))[:, 0]  # compiles no forces
+        return np.asarray(jax.jit(lambda u: kernel(u)[0], compiler_options=RUN_ONCE)(rest))[:, 0]  # compiles no forces
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
@@ -332,7 +332,7 @@ def force_constants(
     for column, atom in enumerate(np.repeat(atoms, 3)):
         directions[atom, column % 3, column] = 1.0
 
-    @functools.partial(jax.jit, compiler_options=_RUN_ONCE)
+    @functools.partial(jax.jit, compiler_options=RUN_ONCE)
     def columns(tangent):
         rest = jnp.zeros_like(tangent)
         return jax.jvp(lambda u: kernel(u)[1], (rest,), (tangent,))[1]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
-from freeflow.potentials.core import Potential
+from freeflow.potentials.core import RUN_ONCE, Potential
 from freeflow.types import in_double_precision
 
 DeformedEnergy = Callable[[Float[Array, "n 3"], Float[Array, "3 3"]], Float[Array, ""]]
@@ -104,8 +104,9 @@ def deformed_energy(potential: Potential, table: NeighbourTable, dtype: str = "f
 def _at_rest(kernel: Callable[[Array, Array], _Sums], table: NeighbourTable) -> np.ndarray:
     """Energy (n_atoms,) that a kernel books on every atom of the perfect lattice."""
     with jax.ensure_compile_time_eval():
-        u, f = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
-        return np.asarray(jax.jit(lambda u, f: kernel(u, f).energy)(u, f))[:, 0]  # compiles no forces
+        rest, unit = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
+        energies = jax.jit(lambda u, f: kernel(u, f).energy, compiler_options=RUN_ONCE)  # compiles no forces
+        return np.asarray(energies(rest, unit))[:, 0]
 
 
 def _inverse(f: Array) -> Array:
