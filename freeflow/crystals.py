@@ -310,9 +310,7 @@ def _motion(name: str, crystal: Crystal, potential: Any, nearest_image_only: boo
     if name not in CELL_MOTIONS:
         raise InputError(f"cell_motion: no motion {name!r}; use one of {', '.join(CELL_MOTIONS)}")
     if not isinstance(potential, Potential):
-        raise InputError(
-            "pressure: cells move under lennard_jones (one species), wca and stillinger_weber only"
-        )
+        raise InputError("pressure: cells move under lennard_jones (one species), wca and stillinger_weber only")
     if nearest_image_only:
         raise InputError("cell_motion: nearest_image_only works in a fixed cell only; use a larger box instead")
     if name == "orthorhombic" and not is_orthorhombic(crystal.cell):
