@@ -21,8 +21,8 @@ from freeflow.preparation import batch_size
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}
 CASES = {  # lattice, number density, potential, repeats of the cubic cell
-    "mW, cubic ice": ("diamond", 0.033567184, stillinger_weber(**MW), (4, 5, 8, 10)),
-    "LJ, fcc": ("fcc", 1.28, lennard_jones(cutoff=2.7), (5, 6, 8, 10, 12)),
+    "mW, cubic ice": ("diamond", 0.033567184, stillinger_weber(**MW), (4, 5, 8, 10, 16)),
+    "LJ, fcc": ("fcc", 1.28, lennard_jones(cutoff=2.7), (5, 6, 8, 10, 12, 20)),
 }
 
 

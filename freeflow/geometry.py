@@ -167,17 +167,36 @@ class NeighbourTable(NamedTuple):
         return int((~far).sum()) if self.empty is None else int((~self.empty).sum())
 
 
+def primitive_bonds(crystal: Crystal, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bonds of the atoms of one primitive cell up to `radius` [length], which stand for all.
+
+    Returns:
+        The atom (n_bonds,) that a bond starts from, the one that it leads to, and the way there (n_bonds, 3).
+    """
+    # A vector's component along a lattice vector is at most its length over the distance of the faces.
+    reach = np.floor(radius / face_distances(crystal.cell) + 0.5 + 1e-9).astype(int)
+    images = (np.indices(2 * reach + 1).reshape(3, -1).T - reach) @ crystal.cell
+    inverse = np.linalg.inv(crystal.cell)
+    bonds = []
+    for atom in crystal.site_of[0]:
+        apart = crystal.sites - crystal.sites[atom]
+        apart -= np.rint(apart @ inverse) @ crystal.cell
+        for image in images:
+            away = apart + image
+            length = np.einsum("ij,ij->i", away, away)
+            near = np.flatnonzero((length <= radius**2) & (length > 0))
+            bonds.append((np.full(len(near), atom), near, away[near]))
+    first, second, separation = (np.concatenate(parts) for parts in zip(*bonds, strict=True))
+    return first, second, separation
+
+
 def neighbour_table(crystal: Crystal, radius: float, between: tuple[str, str] | None = None) -> NeighbourTable:
     """All pairs of sites, periodic images included, up to `radius` [length]; of two species only, if asked."""
-    from vesin import NeighborList
-
     n_basis = crystal.site_of.shape[1]
-    first, second, separation = NeighborList(cutoff=radius, full_list=True).compute(
-        points=crystal.sites, box=crystal.cell, periodic=True, quantities="ijD"
-    )
-    # Bonds of the atoms of one primitive cell stand for all; of the two directions of a bond keep one.
     translation, basis = site_indices(crystal)
-    kept = (translation[first] == 0) & _leading(separation)
+    # Of the two directions of a bond keep one.
+    first, second, separation = primitive_bonds(crystal, radius)
+    kept = _leading(separation)
     if between is not None:
         kept &= _are_between(crystal, first, second, between)
     first, second, separation = first[kept], second[kept], separation[kept]
@@ -237,15 +256,9 @@ def nearest_image_table(crystal: Crystal, between: tuple[str, str] | None = None
 
 def nearest_neighbour_distance(crystal: Crystal) -> float:
     """Shortest distance between two sites, periodic images included [length]."""
-    from vesin import NeighborList
-
-    # No packing of spheres is denser than fcc: some pair is closer than 2^(1/6) (V/N)^(1/3). In units of that
-    # spacing a density in the wrong unit does not reach the neighbour list's own limits.
-    scale = (crystal.volume / crystal.n_atoms) ** (1 / 3)
-    (distances,) = NeighborList(cutoff=1.2, full_list=False).compute(
-        points=crystal.sites / scale, box=crystal.cell / scale, periodic=True, quantities="d"
-    )
-    return scale * float(distances.min())
+    # No packing of spheres is denser than fcc: some pair is closer than 2^(1/6) (V/N)^(1/3).
+    _, _, separation = primitive_bonds(crystal, 1.2 * (crystal.volume / crystal.n_atoms) ** (1 / 3))
+    return float(np.linalg.norm(separation, axis=1).min())
 
 
 def site_indices(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:

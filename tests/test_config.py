@@ -444,6 +444,8 @@ PUBLISHED = {  # REFERENCE: Wirnsberger et al., Mach. Learn.: Sci. Technol. 3, 0
     "mw_cubic_64": (-25.16306, 2e-4),
     "mw_cubic_216": (-25.08234, 5e-5),
     "mw_cubic_512": (-25.06156, 3e-5),
+    "mw_cubic_1000": (None, None),
+    "mw_cubic_8000": (None, None),
     "mw_hexagonal_64": (-25.18687, 2.6e-4),
     "mw_hexagonal_216": (-25.08975, 1.4e-4),
     "mw_hexagonal_512": (-25.0648, 4e-5),
