@@ -175,7 +175,7 @@ def primitive_bonds(crystal: Crystal, radius: float) -> tuple[np.ndarray, np.nda
     """
     # A vector's component along a lattice vector is at most its length over the distance of the faces.
     reach = np.floor(radius / face_distances(crystal.cell) + 0.5 + 1e-9).astype(int)
-    images = (np.indices(2 * reach + 1).reshape(3, -1).T - reach) @ crystal.cell
+    images = (np.indices(tuple(2 * reach + 1)).reshape(3, -1).T - reach) @ crystal.cell
     inverse = np.linalg.inv(crystal.cell)
     bonds = []
     for atom in crystal.site_of[0]:
