@@ -66,16 +66,16 @@ def mean_energy(n, box, temperature, steps, seed):
 def test_a_cooled_liquid_agrees_with_the_energies_of_lammps():
     """d(beta F)/d(beta) = <U>, by Gauss's rule with three temperatures, which is exact to the fifth power."""
     lammps_oracle.require_lammps()
-    n, box, temperatures = 64, 4.5, (2.0, 1.5)
+    n, box, temperatures = 32, 3.6, (2.0, 1.5)
     nodes, weights = np.polynomial.legendre.leggauss(3)
     first, last = (1 / t for t in temperatures)
     betas = first + (last - first) * (nodes + 1) / 2
-    found = [mean_energy(n, box, 1 / beta, 150_000, 7 + k) for k, beta in enumerate(betas)]
+    found = [mean_energy(n, box, 1 / beta, 60_000, 7 + k) for k, beta in enumerate(betas)]
     scale = (last - first) / 2
     expected = scale * sum(w * u for w, (u, _) in zip(weights, found, strict=True))
     error = scale * math.hypot(*(w * e for w, (_, e) in zip(weights, found, strict=True)))
     problem = liquid(n, box, list(temperatures), [0.0, 0.0])
-    result = solvation.estimate_difference(problem, methods=("bridge", "lbar", "mbar"), target_error=0.02, seed=3)
+    result = solvation.estimate_difference(problem, methods=("bridge",), target_error=0.03, seed=3)
     for answer in result.answers:
         print(answer.method, answer.delta_f, answer.std_error, "LAMMPS", expected, error)
         assert answer.reliable, answer.method
@@ -83,14 +83,14 @@ def test_a_cooled_liquid_agrees_with_the_energies_of_lammps():
 
 
 def test_a_solute_from_a_point_is_the_sum_of_its_stages():
-    """Insertion at once, by switching, against growth in three stages, by acceptance ratios with maps and by MBAR."""
-    sizes, n, box = (0.0, 0.6, 0.9, 1.2), 60, 4.6
+    """Insertion at once, by switching, against growth in two stages, the second one without switching."""
+    sizes, n, box = (0.0, 0.7, 1.0), 30, 3.65
     once = solvation.estimate_difference(
-        liquid(n, box, 2.0, [sizes[0], sizes[-1]]), methods=("bridge", "mbar"), target_error=0.04, seed=4
+        liquid(n, box, 2.0, [sizes[0], sizes[-1]]), methods=("bridge",), target_error=0.05, seed=4
     )
     stages = [
         solvation.estimate_difference(
-            liquid(n, box, 2.0, [a, b]), methods=("bridge" if a == 0 else "lbar",), target_error=0.03, seed=5
+            liquid(n, box, 2.0, [a, b]), methods=("bridge" if a == 0 else "bar",), target_error=0.05, seed=5
         )
         for a, b in itertools.pairwise(sizes)
     ]
