@@ -7,7 +7,7 @@ import math
 
 import jax.numpy as jnp
 
-BOHR = 0.52917721067  # CODATA 2014, as in ASE
+BOHR = 0.5291772105638411  # as ASE computes it from CODATA 2014
 # Cohesive energy, radius of the neutral sphere, pair energy, and decay constants.
 E0, S0, V0 = -3.51, 2.67 * BOHR, 2.476
 ETA2, KAPPA, LAMBDA = 1.652 / BOHR, 2.740 / BOHR, 1.906 / BOHR
