@@ -157,6 +157,13 @@ def _repeated(
     )
 
 
+def _geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers that are often all the same, and then exactly that number."""
+    if len(set(values)) == 1:
+        return values[0]
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
+
+
 def _refuse_coinciding(cell: np.ndarray, sites: np.ndarray, spacing: float) -> None:
     from vesin import NeighborList
 
@@ -214,7 +221,7 @@ def crystal_system(
     if not temperature > 0:
         raise InputError(f"temperature: must be positive, got {temperature:g} {units.temperature}")
     wavelengths = _by_species(thermal_wavelength, crystal, units)
-    mean_wavelength = math.exp(sum(math.log(wavelengths[name]) for name in crystal.species) / crystal.n_atoms)
+    mean_wavelength = _geometric_mean([wavelengths[name] for name in crystal.species])
     if crystal.n_atoms < 2:
         raise InputError("crystal.repeats: a crystal needs at least 2 atoms; repeat the cell")
     half = face_distances(crystal.cell).min() / 2
