@@ -26,6 +26,7 @@ from freeflow.preparation import (
     Report,
     Run,
     fewest_samples,
+    fitting_batch,
     from_frames,
     learned_flow,
     read_trajectory,
@@ -137,10 +138,10 @@ def carried_out(
         flow = learned_flow(system, plan, report, taught)
         if flow is not None:
             clock.lap("flow")
-        batch = None
+        batch = fitting_batch(system.potential, system.n_atoms, plan.precision)
         while True:
-            with with_reference(system, plan, flow, report, batch) as (run, fit):
-                try:
+            try:
+                with with_reference(system, plan, flow, report, batch) as (run, fit):
                     clock.lap("reference")
                     crossing = tune(run, fit.gaussian, report)
                     clock.lap("tuning")
@@ -148,11 +149,11 @@ def carried_out(
                     samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
                     clock.lap("sampling")
                     return _result(run, fit, samples, frames, clock)
-                except Exception as error:
-                    batch = run.sampler.batch // 2
-                    # A process of a team cannot take another way than the others.
-                    if not memory.ran_out(error) or batch == 0 or team.size() > 1:
-                        raise
+            except Exception as error:
+                # A process of a team cannot take another way than the others.
+                if not memory.ran_out(error) or batch == 1 or team.size() > 1:
+                    raise
+            batch //= 2
             report(Progress("reference", None, f"memory ran out; once more with {batch} samples at a time"))
 
 

@@ -62,13 +62,15 @@ def run(capsys, *arguments):
 
 # --------------------------------------------------------------------------- bad input
 
+COMMANDS = "compare, compare-phases, estimate, run, sample, systems, train, validate"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; use one of compare, estimate, run, sample, systems, train, validate"),
+        ([], f"no command given; use one of {COMMANDS}"),
         (["estimat"], "no such command 'estimat'; did you mean estimate?"),
-        (["zap"], "no such command 'zap'; use one of compare, estimate, run, sample, systems, train, validate"),
+        (["zap"], f"no such command 'zap'; use one of {COMMANDS}"),
         (["--xyz"], "no such option --xyz; see 'freeflow --help'"),
         (["estimate", "x", "--xyz"], "no such option --xyz; see 'freeflow estimate --help'"),
         (["estimate", "x", "--max-sample", "3"], "no such option --max-sample; did you mean --max-samples?"),

@@ -36,6 +36,9 @@ SHELLS = {  # (neighbours, distance / a), nearest shells first
     "diamond": [(4, 3**0.5 / 4), (12, 0.5**0.5), (12, 11**0.5 / 4)],
     # Bonds of 3/8 c; the third shell, one atom across an eclipsed bond, tells it from diamond.
     "hexagonal_ice": [(4, 0.375**0.5), (12, 1.0), (1, 5 / 8 * (8 / 3) ** 0.5), (9, (11 / 8) ** 0.5)],
+    "rocksalt": [(6, 0.5), (12, 0.5**0.5), (8, 0.75**0.5)],
+    "cesium_chloride": [(8, 0.75**0.5), (6, 1.0), (12, 2**0.5)],
+    "zincblende": [(4, 3**0.5 / 4), (12, 0.5**0.5), (12, 11**0.5 / 4)],
 }
 CELLS = {  # primitive or strange cells, in which some atom also neighbours its own images
     "fcc primitive": ase.build.bulk("Cu", "fcc", a=3.6),
@@ -57,6 +60,11 @@ CELLS = {  # primitive or strange cells, in which some atom also neighbours its 
 def from_atoms(atoms, repeats, folder):
     atoms.write(folder / "structure.extxyz", format="extxyz")
     return structure_crystal(folder / "structure.extxyz", repeats)
+
+
+def kinds(lattice):
+    """Names for the kinds of atoms that a lattice has."""
+    return ("Na", "Cl") if LATTICES[lattice].kinds else ("X",)
 
 
 def ase_atoms(crystal):
@@ -99,7 +107,7 @@ def assert_slots(table, n_atoms):
 
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_shells_of_a_lattice(lattice):
-    crystal = lattice_crystal(lattice, (2, 2, 1), lattice_constant=1.3)
+    crystal = lattice_crystal(lattice, (2, 2, 1), lattice_constant=1.3, species=kinds(lattice))
     shells = SHELLS[lattice]
     i, d = neighbor_list("id", ase_atoms(crystal), 1.3 * shells[-1][1] + 1e-6)
     for atom in range(crystal.n_atoms):
@@ -109,7 +117,7 @@ def test_shells_of_a_lattice(lattice):
 
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_number_density_is_kept(lattice):
-    crystal = lattice_crystal(lattice, (2, 3, 1), number_density=0.37)
+    crystal = lattice_crystal(lattice, (2, 3, 1), number_density=0.37, species=kinds(lattice))
     assert crystal.n_atoms == 6 * len(LATTICES[lattice].basis)
     assert crystal.n_atoms / crystal.volume == pytest.approx(0.37, rel=1e-13)
     assert len(crystal.site_of) * crystal.site_of.shape[1] == crystal.n_atoms
@@ -230,7 +238,7 @@ def test_translations_locate_sites_across_the_periodic_boundary():
 @pytest.mark.parametrize("lattice", LATTICES)
 @pytest.mark.parametrize(("repeats", "radius"), [((2, 2, 2), 1.3), ((1, 2, 3), 2.1), ((1, 1, 1), 1.6)])
 def test_every_pair_of_a_lattice_stands_in_one_slot(lattice, repeats, radius):
-    assert_same_pairs(lattice_crystal(lattice, repeats, lattice_constant=1.0), radius)
+    assert_same_pairs(lattice_crystal(lattice, repeats, lattice_constant=1.0, species=kinds(lattice)), radius)
 
 
 @pytest.mark.parametrize("name", CELLS)

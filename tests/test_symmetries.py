@@ -83,9 +83,10 @@ def test_point_operations_are_those_that_the_box_keeps(lattice, repeats, n_opera
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_primitive_cell_divides_the_conventional_one(lattice):
     shape = LATTICES[lattice]
-    species = ("X",) * len(shape.basis)
+    species = tuple("XY"[kind] for kind in shape.kinds or (0,) * len(shape.basis))
     primitive, basis = primitive_cell(shape.cell, shape.basis @ shape.cell, species, 1e-4)
-    atoms = {"sc": 1, "bcc": 1, "fcc": 1, "hcp": 2, "diamond": 2, "hexagonal_ice": 4}[lattice]
+    two_kinds = {"rocksalt": 2, "cesium_chloride": 2, "zincblende": 2}
+    atoms = {"sc": 1, "bcc": 1, "fcc": 1, "hcp": 2, "diamond": 2, "hexagonal_ice": 4, **two_kinds}[lattice]
     assert len(basis) == atoms
     ratio = np.linalg.det(shape.cell) / np.linalg.det(primitive)
     assert abs(ratio) == pytest.approx(len(shape.basis) / atoms, rel=1e-12)
