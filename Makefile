@@ -48,11 +48,8 @@ build: $(VENV)/.installed  ## build the sdist and the wheel into dist/
 	@$(PIP_INSTALL) build
 	$(BIN)/python -m build --outdir dist .
 
-bench: $(VENV)/.installed-test  ## run the benchmarks
-	@set -e; for script in benchmarks/*.py; do \
-	  [ -e "$$script" ] || { echo "no benchmarks yet"; break; }; \
-	  echo "$(BIN)/python $$script"; $(BIN)/python "$$script" $(ARGS); \
-	done
+bench: $(VENV)/.installed-bench  ## run the benchmark suite; ARGS are passed on (--quick, kernels, ...)
+	$(BIN)/python -m benchmarks --table bench.md --json bench.json $(ARGS)
 
 clean:  ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
@@ -72,4 +69,9 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)"
 	@$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/.installed-test
+	@echo "Installing what freeflow is measured against into $(VENV)"
+	@$(PIP_INSTALL) -e '.[bench]'
 	@touch $@

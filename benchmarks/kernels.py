@@ -1,9 +1,11 @@
 """Energy and force evaluations per second: batched kernels against LAMMPS, and jax-md if installed.
 
 All in one run, one after the other, so that the ratios mean something on a shared machine. LAMMPS computes in float64,
-on one core: a displaced crystal on a fixed neighbour list of the same reach, forces and energy over and over
-(`run 500 pre no post no` without any fix), so that neither integration nor list building counts. freeflow computes a
-batch in float32. Rates are per second of CPU time, so that threads do not flatter anyone.
+on one core: a displaced crystal on a fixed neighbour list, forces and energy over and over (`run 500 pre no post no`
+without any fix), so that neither integration nor list building counts. freeflow computes a batch. Everyone's list
+reaches as far as that of an estimate, three standard deviations of a pair's distance beyond the cutoff, and
+displacements are as large as in the harmonic crystal. Rates are per second of CPU time, so that threads do not flatter
+anyone.
 
     python benchmarks/kernels.py --help
 """
@@ -21,13 +23,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from freeflow import load
+from freeflow import double_precision, load, references
+from freeflow.compiler import prefer_fast_code
 from freeflow.geometry import neighbour_table
-from freeflow.potentials import energy_and_gradient
+from freeflow.potentials import energy_and_gradient, force_constants
 
 SYSTEMS = ("lj_fcc_256", "mw_cubic_64", "mw_cubic_512")
-AMPLITUDE = 0.04  # root mean square displacement over the spacing of atoms: a hot crystal
-SKIN = 0.2  # of the cutoff, in everyone's neighbour list
+SKIN = 3.0  # standard deviations of a pair's distance, as in freeflow.preparation
 
 
 def per_cpu_second(evaluate: Callable[[], int], seconds: float) -> float:
@@ -42,22 +44,35 @@ def per_cpu_second(evaluate: Callable[[], int], seconds: float) -> float:
     return max(rates)
 
 
+def amplitude(system) -> float:
+    """Root mean square displacement along one direction in the harmonic crystal [length]."""
+    table = neighbour_table(system.crystal, 1.0001 * system.potential.cutoff)
+    columns = force_constants(system.potential, table, system.crystal.site_of[0])
+    blocks = references.harmonic_blocks(system.crystal, columns, float(system.state.beta))
+    return references.root_mean_square(system.crystal, blocks)
+
+
+def skin(system) -> float:
+    """How far lists reach beyond the cutoff [length]."""
+    return SKIN * np.sqrt(2) * amplitude(system)
+
+
 def displaced(system, batch: int) -> np.ndarray:
-    spacing = (system.crystal.volume / system.n_atoms) ** (1 / 3)
-    u = np.random.default_rng(0).standard_normal((batch, system.n_atoms, 3)) * AMPLITUDE * spacing
+    u = np.random.default_rng(0).standard_normal((batch, system.n_atoms, 3)) * amplitude(system)
     return u - u.mean(axis=1, keepdims=True)
 
 
-def freeflow_rate(system, batch: int, seconds: float) -> float:
-    table = neighbour_table(system.crystal, (1 + SKIN) * system.potential.cutoff)
-    evaluate = jax.jit(jax.vmap(energy_and_gradient(system.potential, table, "float32")))
-    u = jnp.asarray(displaced(system, batch), jnp.float32)
+def freeflow_rate(system, batch: int, seconds: float, dtype: str = "float32") -> float:
+    table = neighbour_table(system.crystal, system.potential.cutoff + skin(system))
+    with double_precision():
+        evaluate = jax.jit(jax.vmap(energy_and_gradient(system.potential, table, dtype)))
+        u = jnp.asarray(displaced(system, batch), dtype)
 
-    def once() -> int:
-        jax.block_until_ready(evaluate(u))
-        return batch
+        def once() -> int:
+            jax.block_until_ready(evaluate(u))
+            return batch
 
-    return per_cpu_second(once, seconds)
+        return per_cpu_second(once, seconds)
 
 
 def lammps_rate(system, seconds: float) -> float | None:
@@ -86,7 +101,7 @@ def lammps_rate(system, seconds: float) -> float | None:
             lmp.commands_list(
                 [
                     *pair,
-                    f"neighbor {SKIN * system.potential.cutoff} bin",
+                    f"neighbor {skin(system)} bin",
                     "neigh_modify every 1000000 delay 1000000 check no",
                     "thermo_modify norm no",
                     "thermo 1",  # energies at every step, as freeflow computes them
@@ -105,18 +120,27 @@ def lammps_rate(system, seconds: float) -> float | None:
 
 
 def jax_md_rate(system, batch: int, seconds: float) -> float | None:
-    """The pair energy of jax-md on a fixed sparse list, by autodiff and vmap; None without jax-md."""
-    if importlib.util.find_spec("jax_md") is None or not system.name.startswith("lj"):
+    """jax-md's energy on a fixed list, by autodiff and vmap, float32; None without jax-md."""
+    if importlib.util.find_spec("jax_md") is None:
         return None
     from jax_md import energy, partition, space
 
     box = jnp.asarray(np.diag(system.crystal.cell), jnp.float32)
     displacement, _ = space.periodic(box)
     cutoff = system.potential.cutoff
-    neighbours, function = energy.lennard_jones_neighbor_list(
-        displacement, box, r_onset=0.999 * cutoff, r_cutoff=cutoff, dr_threshold=SKIN * cutoff,
-        format=partition.OrderedSparse,
-    )  # fmt: skip
+    if system.name.startswith("lj"):
+        neighbours, function = energy.lennard_jones_neighbor_list(
+            displacement, box, r_onset=0.999 * cutoff, r_cutoff=cutoff, dr_threshold=skin(system),
+            format=partition.OrderedSparse,
+        )  # fmt: skip
+    else:
+        import lammps_oracle
+
+        mw = {"lam" if k == "lambda" else k: v for k, v in lammps_oracle.MW.items()}
+        few = {k: mw[k] for k in ("sigma", "A", "B", "lam", "gamma", "epsilon")}
+        neighbours, function = energy.stillinger_weber_neighbor_list(
+            displacement, box, cutoff=cutoff, dr_threshold=skin(system), **few
+        )
     sites = jnp.asarray(system.crystal.sites, jnp.float32)
     table = neighbours.allocate(sites)
     evaluate = jax.jit(jax.vmap(jax.value_and_grad(lambda u: function(sites + u, neighbor=table))))
@@ -132,9 +156,10 @@ def jax_md_rate(system, batch: int, seconds: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", default=SYSTEMS, help="shipped systems (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="configurations at a time (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=128, help="configurations at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="CPU seconds per figure (default: %(default)s)")
     arguments = parser.parse_args()
+    prefer_fast_code()
     print(f"evaluations of energy and forces per CPU second, batch {arguments.batch}, {jax.default_backend()}")
     print(f"{'system':<16}{'freeflow f32':>14}{'LAMMPS f64':>14}{'jax-md f32':>14}{'freeflow/LAMMPS':>18}")
     for name in arguments.systems:

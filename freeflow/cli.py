@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from freeflow import config
+from freeflow.compiler import prefer_fast_code
 from freeflow.errors import FreeflowError, InputError
 
 if TYPE_CHECKING:
@@ -593,6 +594,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Loading cached code, XLA warns at length about processor features that are no features
     # ("prefer-no-gather"). What really goes wrong is raised, and shown.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    prefer_fast_code()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -43,6 +43,8 @@ class Potential:
 
 # Numbers per component that one tile of the pair kernel works on: a few such arrays fit in a core's cache.
 _TILE = 2**13
+# Up to so many numbers per component a pair is evaluated once, and its reaction handed over; see docs/speed.md.
+_ONCE = 2**16
 
 
 class _Tile(NamedTuple):
@@ -71,14 +73,20 @@ def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
 Kernel = Callable[[Array], tuple[Array, Array]]
 
 
-def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, batch: int) -> Kernel:
     """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch)."""
-    if potential.weight is None:
-        return _pair_kernel(potential, table, dtype)
-    return _triplet_kernel(potential, potential.weight, table, dtype)
+    if potential.weight is not None:
+        return _triplet_kernel(potential, potential.weight, table, dtype)
+    make = _single_pair_kernel if _fits(table, batch) else _tiled_pair_kernel
+    return make(potential, table, dtype)
 
 
-def _pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+def _fits(table: NeighbourTable, batch: int) -> bool:
+    """Whether all atoms of a batch stay in the cache while a pair kernel goes through the slots."""
+    return table.partner.shape[1] * batch <= _ONCE
+
+
+def _tiled_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
     """Pair potentials, tile by tile of atoms.
 
     A pair is evaluated from both of its ends: reading positions costs more than the few operations
@@ -133,37 +141,40 @@ def _pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Ker
     return pairs
 
 
-def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pairs and bond moments, every pair evaluated once.
+class _Walk:
+    """Visits every pair once, slot by slot.
 
     Two habits make this fast under XLA on CPU, and are worth their looks. Every component is an
     array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. And what a
     slot gives to the partners travels through the loop's carry and is fetched one slot later: a
     fetch of something just computed would be fused with it, and the pair evaluated again.
     """
-    n_atoms = table.partner.shape[1]
-    partner, source = np.asarray(table.partner, np.int32), np.asarray(table.source, np.int32)
-    # The partners' share of slot s is booked while slot s + 1 is computed; nothing comes before slot 0.
-    slots = _Slots(
-        partner,
-        np.concatenate([np.arange(n_atoms, dtype=np.int32)[None], source[:-1]]),
-        np.asarray(table.offset, dtype),
-        None if table.empty is None else np.asarray(table.empty),
-    )
-    last = source[-1]
-    cosine = np.asarray(potential.cosine, dtype)
 
-    def bond(x: list[Array], slot: _Slots) -> tuple[list[Array], Array]:
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        n_atoms = table.partner.shape[1]
+        source = np.asarray(table.source, np.int32)
+        # The partners' share of slot s is booked while slot s + 1 is computed; nothing comes before slot 0.
+        self._slots = _Slots(
+            np.asarray(table.partner, np.int32),
+            np.concatenate([np.arange(n_atoms, dtype=np.int32)[None], source[:-1]]),
+            np.asarray(table.offset, dtype),
+            None if table.empty is None else np.asarray(table.empty),
+        )
+        self._last = source[-1]
+        self._box = None if table.box is None else np.asarray(table.box, dtype)
+        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
+
+    def bond(self, x: list[Array], slot: _Slots) -> tuple[list[Array], Array]:
+        """Components of the separations of a slot's pairs, and their squares [length, length**2]."""
         d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
-        if table.box is not None:
-            box = np.asarray(table.box, dtype)
-            d = [d[a] - box[a] * jnp.round(d[a] / box[a]) for a in range(3)]
+        if self._box is not None:
+            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
         r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
         if slot.empty is not None:
-            r2 = jnp.where(slot.empty[:, None], jnp.asarray(1e6 * table.radius**2, dtype), r2)
+            r2 = jnp.where(slot.empty[:, None], self._nowhere, r2)
         return d, r2
 
-    def walk(visit: Callable[[_Slots], tuple[Array, tuple[Array, ...]]], parity: tuple[int, ...], zero: Array):
+    def total(self, visit: Callable[[_Slots], tuple[Array, tuple[Array, ...]]], parity: tuple[int, ...], zero: Array):
         """Sum over the slots; `visit` gives an atom's energy and shares, `parity` the partner's sign of them."""
 
         def book(totals, shares, at):
@@ -178,15 +189,41 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
             return (energy + more, totals, shares), None
 
         none = (zero,) * len(parity)
-        (energy, totals, shares), _ = jax.lax.scan(step, (zero, none, none), slots)
-        return energy, book(totals, shares, last)
+        (energy, totals, shares), _ = jax.lax.scan(step, (zero, none, none), self._slots)
+        return energy, book(totals, shares, self._last)
+
+
+def _single_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+    """Pair potentials, every pair evaluated once; its energy is shared by both ends, as in tiles."""
+    walk = _Walk(table, dtype)
+
+    def pairs(u: Array) -> tuple[Array, Array]:
+        x = [u[:, a] for a in range(3)]
+
+        def push(slot):
+            d, r2 = walk.bond(x, slot)
+            energy, slope = _with_slope(potential.pair, r2)
+            pull = -2 * slope
+            return zero, (0.5 * energy, pull * d[0], pull * d[1], pull * d[2])
+
+        zero = jnp.zeros_like(x[0])
+        _, (energy, *gradient) = walk.total(push, (1, -1, -1, -1), zero)
+        return energy, jnp.stack(gradient, axis=1)
+
+    return pairs
+
+
+def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any) -> Kernel:
+    """Pairs and bond moments, every pair evaluated once."""
+    walk = _Walk(table, dtype)
+    cosine = np.asarray(potential.cosine, dtype)
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:
         x = [u[:, a] for a in range(3)]
         zero = jnp.zeros_like(x[0])
 
         def gather(slot):
-            d, r2 = bond(x, slot)
+            d, r2 = walk.bond(x, slot)
             inverse_r = jax.lax.rsqrt(r2)
             nx, ny, nz = (d[a] * inverse_r for a in range(3))
             g = weight(r2)
@@ -195,7 +232,7 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
 
         # Even moments are the same seen from either end of a bond, the first one is opposite.
         parity = (1,) * 7 + (-1,) * 3
-        energy, (m0, xx, xy, xz, yy, yz, zz, mx, my, mz) = walk(gather, parity, zero)
+        energy, (m0, xx, xy, xz, yy, yz, zz, mx, my, mz) = walk.total(gather, parity, zero)
         m1_m1 = mx * mx + my * my + mz * mz
         m2_m2 = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
         energy = energy + 0.5 * (m2_m2 - 2 * cosine * m1_m1 + cosine * cosine * m0 * m0)
@@ -203,7 +240,7 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         by = (cosine * cosine * m0, xx, xy, xz, yy, yz, zz, *(-2 * cosine * m for m in (mx, my, mz)))
 
         def push(slot):
-            d, r2 = bond(x, slot)
+            d, r2 = walk.bond(x, slot)
             inverse_r = jax.lax.rsqrt(r2)
             nx, ny, nz = (d[a] * inverse_r for a in range(3))
             _, slope = _with_slope(potential.pair, r2)
@@ -227,7 +264,7 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
             )
             return zero, pull
 
-        _, gradient = walk(push, (-1, -1, -1), zero)
+        _, gradient = walk.total(push, (-1, -1, -1), zero)
         return energy, jnp.stack(gradient, axis=1)
 
     return pairs_and_triplets
@@ -255,7 +292,7 @@ def energy_and_gradient(
     rest = atomic_energies_at_rest(potential, table) if at_rest is None else at_rest
 
     def batched(u: Float[Array, "n 3 batch"]) -> tuple[Array, Array]:
-        atomic, gradient = _kernel(potential, table, dtype)(u.astype(dtype))
+        atomic, gradient = _kernel(potential, table, dtype, u.shape[2])(u.astype(dtype))
         relative = atomic - np.asarray(rest, dtype)[:, None]
         # Inside double_precision this is float64, outside it is what JAX allows.
         total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
@@ -309,7 +346,7 @@ def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Floa
     """
     with jax.ensure_compile_time_eval():
         rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
-        kernel = _kernel(potential, table, "float64")
+        kernel = _kernel(potential, table, "float64", 1)
         return np.asarray(jax.jit(lambda u: kernel(u)[0], compiler_options=RUN_ONCE)(rest))[:, 0]  # compiles no forces
 
 
@@ -327,7 +364,7 @@ def force_constants(
     Forward mode through the hand-written gradient, exact to rounding [energy/length**2].
     """
     n_atoms = table.partner.shape[1]
-    kernel = _kernel(potential, table, "float64")
+    kernel = _kernel(potential, table, "float64", chunk)
     directions = np.zeros((n_atoms, 3, 3 * len(atoms)))
     for column, atom in enumerate(np.repeat(atoms, 3)):
         directions[atom, column % 3, column] = 1.0

@@ -1,0 +1,59 @@
+"""Flags for XLA: added where missing, effective where they stand before JAX starts."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from freeflow.compiler import CPU_FLAGS, prefer_fast_code
+
+
+def test_flags_are_added_once():
+    environment = {}
+    prefer_fast_code(environment)
+    assert environment["XLA_FLAGS"].split() == list(CPU_FLAGS)
+    prefer_fast_code(environment)
+    assert environment["XLA_FLAGS"].split() == list(CPU_FLAGS)
+
+
+def test_flags_of_the_user_win():
+    mine = "--xla_cpu_prefer_vector_width=256 --xla_force_host_platform_device_count=2"
+    environment = {"XLA_FLAGS": mine}
+    prefer_fast_code(environment)
+    assert environment["XLA_FLAGS"] == f"{mine} {CPU_FLAGS[0]}"
+
+
+KERNEL = textwrap.dedent("""
+    import sys
+    import freeflow
+    from freeflow import compiler
+    if sys.argv[1] == "fast":
+        compiler.prefer_fast_code()
+    import jax
+    import numpy as np
+    from freeflow.geometry import neighbour_table
+    from freeflow.potentials import energy_and_gradient
+    system = freeflow.load("mw_cubic_64")
+    table = neighbour_table(system.crystal, 1.15 * system.potential.cutoff)
+    u = 0.05 * np.random.default_rng(0).standard_normal((16, 64, 3))
+    with freeflow.double_precision():
+        energy, gradient = jax.jit(jax.vmap(energy_and_gradient(system.potential, table)))(u)
+    np.savez(sys.argv[2], energy=energy, gradient=gradient)
+""")
+
+
+@pytest.mark.slow
+def test_flags_change_no_result(tmp_path):
+    """The process must be a new one: flags count before JAX's first device only."""
+    import numpy as np
+
+    found = []
+    for mode in ("plain", "fast"):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        out = tmp_path / f"{mode}.npz"
+        subprocess.run([sys.executable, "-c", KERNEL, mode, str(out)], env=environment, check=True)
+        found.append(np.load(out))
+    np.testing.assert_allclose(found[1]["energy"], found[0]["energy"], rtol=1e-12)
+    np.testing.assert_allclose(found[1]["gradient"], found[0]["gradient"], atol=1e-11)
