@@ -95,11 +95,9 @@ def _default(field) -> str:
     value = field.get_default(call_default_factory=True)
     if hasattr(value, "model_dump"):
         return "section, see below"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, tuple)
-        else str(list(value))
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _type(field: dict) -> str:
