@@ -347,7 +347,7 @@ def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Floa
     with jax.ensure_compile_time_eval():
         rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
         kernel = _kernel(potential, table, "float64", 1)
-        return np.asarray(jax.jit(lambda u: kernel(u)[0], compiler_options=RUN_ONCE)(rest))[:, 0]  # compiles no forces
+        return np.asarray(jax.jit(lambda u: kernel(u)[0])(rest))[:, 0]  # compiles no forces
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
