@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -150,29 +151,37 @@ def work_of_frames(
     """
     params = _cast(params, "float64")
 
-    def works(one: WorkFn, frames: Frames) -> np.ndarray:
-        over_batch = jax.vmap(one, (None, 0, None))
+    def works(way: Callable[[Bijector, Ensemble, Ensemble], WorkFn], frames: Frames) -> np.ndarray:
+        if not len(frames):
+            return np.zeros(0)
+        over_batch = _works_of_batch(way, bijector, a, b)
         return _in_batches(lambda part: (over_batch(params, part, state),), frames.astype("float64"), batch)[0]
 
-    forward = works(there(bijector, a, b), frames_a) if len(frames_a) else np.zeros(0)
-    reverse = works(back(bijector, a, b), frames_b) if len(frames_b) else np.zeros(0)
-    return Work(forward, reverse)
+    return Work(works(there, frames_a), works(back, frames_b))
+
+
+@lru_cache(maxsize=16)
+def _works_of_batch(
+    way: Callable[[Bijector, Ensemble, Ensemble], WorkFn], bijector: Bijector, a: Ensemble, b: Ensemble
+) -> Callable[[Params, Array, ThermodynamicState], Array]:
+    """Compiled once for all folds and for both states: compiling takes longer than a few thousand frames."""
+    return jax.jit(jax.vmap(way(bijector, a, b), (None, 0, None)))
 
 
 def _in_batches(function: Callable[[Any], tuple[Any, ...]], frames: Frames, batch: int) -> tuple[np.ndarray, ...]:
-    """Results of a function of batches for all frames, side by side on all cores, in float64."""
-    step = min(batch, len(frames))
+    """Results of a compiled function of batches for all frames, side by side on all cores, in float64."""
     # The last batch is filled up with its last frame: one shape compiles once.
-    whole = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % step, axis=0)])
+    whole = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % batch, axis=0)])
 
     def in_this_thread(part: np.ndarray) -> tuple[np.ndarray, ...]:
         with double_precision():  # it is switched on per thread
-            return tuple(np.asarray(result, np.float64) for result in compiled(part))
+            return tuple(np.asarray(result, np.float64) for result in function(part))
 
-    # Compiled here and now: threads would trace anew, each under settings of its own.
-    compiled = jax.jit(function).lower(whole[:step]).compile()
+    first, *others = np.split(whole, len(whole) // batch)
+    # The first one compiles, alone: the threads would each compile for themselves.
+    found = [in_this_thread(first)]
     with ThreadPoolExecutor(n_workers(), thread_name_prefix="freeflow") as threads:
-        found = list(threads.map(in_this_thread, np.split(whole, len(whole) // step)))
+        found += threads.map(in_this_thread, others)
     return tuple(np.concatenate(results)[: len(frames)] for results in zip(*found, strict=True))
 
 
@@ -200,11 +209,19 @@ def rates(solution: Solution, lam: float, frames: Frames, shape: FieldShape, bat
         shape: Of the field.
         batch: Frames at once.
     """
+    of_batch, at = _rates_of_batch(solution, shape), np.float64(lam)
+    near = frames - solution.box_length * np.round(frames / solution.box_length)  # so that float32 keeps its digits
+    return Rates(*_in_batches(lambda part: of_batch(part, at), near.astype("float64"), batch))
+
+
+@lru_cache(maxsize=16)
+def _rates_of_batch(solution: Solution, shape: FieldShape) -> Callable[[Array, Any], tuple[Array, Array]]:
+    """`rates` of frames (batch, n, 3) at a place on the way; compiled once for all folds."""
     kernels = solution.kernels("float32")
     (r_a, r_b), (beta_a, beta_b) = solution.radii, solution.betas
-    radius, beta = r_a + lam * (r_b - r_a), beta_a + lam * (beta_b - beta_a)
 
-    def one(frames: Float[Array, "batch n 3"]) -> tuple[Array, Array]:
+    def of_batch(frames: Float[Array, "batch n 3"], lam: Scalar) -> tuple[Array, Array]:
+        radius, beta = r_a + lam * (r_b - r_a), beta_a + lam * (beta_b - beta_a)
         x = jnp.moveaxis(frames, 0, -1).astype("float32")
 
         def solute(r: Array) -> Array:
@@ -218,8 +235,7 @@ def rates(solution: Solution, lam: float, frames: Frames, shape: FieldShape, bat
         x, gradient = (jnp.swapaxes(part, 0, 1).astype("float32") for part in (x, gradient))
         return wanted, offered(x, gradient, shape)
 
-    near = frames - solution.box_length * np.round(frames / solution.box_length)  # so that float32 keeps its digits
-    return Rates(*_in_batches(one, near, batch))
+    return jax.jit(of_batch)
 
 
 def shape_for(solution: Solution, hops: bool = True) -> FieldShape:

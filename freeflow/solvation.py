@@ -20,13 +20,11 @@ from freeflow.difference import Answer, DifferenceResult
 from freeflow.errors import InputError
 from freeflow.estimators import (
     bar,
-    chain_correlation,
     diagnose,
     equilibrated,
     fep,
     record,
     reliability,
-    statistical_inefficiency,
 )
 from freeflow.flows.fluid import carrier
 from freeflow.learned_maps import learn, training_for
@@ -40,7 +38,7 @@ from freeflow.types import Bijector, DifferencePlan, Work, double_precision
 _BATCHES = 4  # of chains, in each state
 _FRAMES, _FRAMES_TO_FIT = 4096, 2048  # of each state, for methods that work on frames, and to fit an escort to
 _STATES, _ROUNDS_OF_STATES = 9, 16  # for MBAR, and samples of every chain in each
-_TRIAL_STAGES = 256
+_TRIAL_STAGES, _HASTE = 256, 4  # of the first trial, and by how much a journey may have more stages than its trial
 _LARGEST_STEP = 0.03  # of journeys, in radii of the larger solute
 _LEGS, _ESCORTED_VARIANCE = (4, 64), 2.0  # of escorted journeys: fewest and most, and of their work [kT^2]
 _FEWEST_ROUNDS = 4  # of journeys from every chain; fewer tell nothing of their correlation
@@ -198,15 +196,9 @@ def _given(solution: Solution, report: Report) -> tuple[FrameSet, FrameSet] | No
 
 
 def _inefficiency(work: np.ndarray, n_chains: int) -> float:
-    """Of one chain, or several of equal length, one after the other; infinite work counts as the largest seen."""
-    finite = work[np.isfinite(work)]
-    if not finite.size:
-        return 1.0
-    work = np.minimum(work, finite.max())
-    if n_chains == 1:
-        return statistical_inefficiency(work)
+    """Of one chain, or several of equal length, one after the other."""
     each = len(work) // n_chains
-    return chain_correlation(work[: each * n_chains].reshape(n_chains, each).T)[1] if each > 2 else 1.0
+    return switching.memory(work[: each * n_chains].reshape(n_chains, each).T)
 
 
 def _answer(
@@ -334,9 +326,15 @@ def _step(job: _Job) -> float:
 def _bridge(job: _Job) -> Answer:
     """Journeys over stages of equal thermodynamic distance."""
     chains = job.chains()[0][0]
-    job.report(Progress("bridge", None, "trial journey"))
-    pilot = job.fluid.pilot(chains, switching.even_course(_TRIAL_STAGES, _step(job)))
-    return _to_and_fro(job, "bridge", switching.course_from(pilot, switching.stages_for(pilot)), {})
+    trial = switching.even_course(_TRIAL_STAGES, _step(job))
+    while True:
+        job.report(Progress("bridge", None, f"trial journey of {trial.n_stages} stages"))
+        pilot = job.fluid.pilot(chains, trial)
+        stages = switching.stages_for(pilot)
+        # A hasty trial tells little of a slow journey: a solute that came out of a point hit atoms on its way.
+        if stages <= _HASTE * trial.n_stages:
+            return _to_and_fro(job, "bridge", switching.course_from(pilot, stages), {})
+        trial = switching.course_from(pilot, _HASTE * trial.n_stages)
 
 
 def _escort(job: _Job) -> Answer:

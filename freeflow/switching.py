@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from freeflow import bridge as bridges
 from freeflow.errors import InputError
-from freeflow.estimators import chain_correlation, equilibrated, mbar, record
+from freeflow.estimators import chain_correlation, equilibrated, mbar, record, statistical_inefficiency
 from freeflow.geometry import LATTICES
 from freeflow.solutions import Solution
 from freeflow.types import Key, Work, double_precision
@@ -54,6 +54,7 @@ _MOVE = 32  # steps of a Monte Carlo move
 _ACCEPTANCE = 0.9  # of such moves, aimed at by the step size
 _PIECE = 256  # steps of a journey between two chances to stop
 _PILOT_PIECES, _PILOT_STAGES = 16, 16  # of a trial journey, and stages in each piece
+_FLOWN_APART = 100.0  # work above the usual by which a journey is lost [kT]
 _WORK_VARIANCE = 3.0  # of a journey [kT^2]: the acceptance ratio wastes little up to here
 _STAGES = (32, 20_000)
 _FIRST_LOOKS, _MAX_LOOKS, _LONG = 32, 2048, 10.0  # at equilibrium, in moves; and in inefficiencies
@@ -294,13 +295,22 @@ class Switches(NamedTuple):
     @property
     def inefficiency(self) -> tuple[float, float]:
         """Statistical inefficiencies of forward and reverse work: rounds of one chain remember each other."""
-        return _inefficiency(self.forward), _inefficiency(self.reverse)
+        return memory(self.forward), memory(self.reverse)
 
 
-def _inefficiency(work: np.ndarray) -> float:
-    # Infinite work is work all the same: as the largest one seen it counts for the memory.
+def memory(work: Float[np.ndarray, "n_rounds n_chains"]) -> float:
+    """Statistical inefficiency of the work of chains, lost journeys left aside.
+
+    These, of infinite or of immense work, have weight 0 in an average; in a correlation they would outweigh all others.
+    They count as no farther than six standard deviations, as the quartiles tell these, from the median.
+    """
     finite = work[np.isfinite(work)]
-    return chain_correlation(np.minimum(work, finite.max()))[1] if len(work) > 2 and finite.size else 1.0
+    if len(work) < 3 or not finite.size:
+        return 1.0
+    low, usual, high = np.percentile(finite, (25, 50, 75))
+    far = 6 * 0.7413 * (high - low)  # of a normal distribution the quartiles are 1.349 standard deviations apart
+    near = np.clip(work - usual, -far, far) if far > 0 else np.minimum(work, finite.max()) - usual
+    return statistical_inefficiency(near[:, 0]) if near.shape[1] == 1 else chain_correlation(near)[1]
 
 
 class Chains:
@@ -622,7 +632,10 @@ class Fluid:
         cuts = np.linspace(0, course.n_stages, _PILOT_PIECES + 1).round().astype(int)
         journeys = self._journeys(chains, course.forward, course.step, "tuning", cuts[1:-1].tolist())
         works = np.concatenate([journey.works for journey in journeys], axis=1)
-        pieces = np.diff(works, axis=0, prepend=0.0)[:, np.isfinite(works).all(axis=0)]
+        # A solute that comes out of a point may come out in an atom, which flies off. Such a journey is lost at any
+        # speed, and does not tell how slow the others must be.
+        kept = works[-1] < np.median(works[-1]) + _FLOWN_APART
+        pieces = np.diff(works[:, kept], axis=0, prepend=0.0)
         ones = np.ones(_PILOT_PIECES)
         return bridges.Pilot(course.lambdas[cuts], np.diff(cuts), course.step * ones, ones, pieces, 0.0)
 

@@ -264,6 +264,32 @@ def test_stages_are_dense_where_the_way_is_hard():
     assert foreseen == pytest.approx((8 * 1.0 + 8 * 3.0) ** 2 * 16, rel=0.1)
 
 
+@pytest.mark.parametrize("lost", [1e30, np.inf])
+def test_a_lost_journey_has_no_say_in_memory_and_stages(lonely, monkeypatch, lost):
+    """Work of 400 chains that forgets half from round to round (g = 3), and one journey that flew apart."""
+    rng = np.random.default_rng(3)
+    work = np.zeros((50, 400))
+    for k in range(1, 50):
+        work[k] = 0.5 * work[k - 1] + rng.normal(size=400)
+    sound = switching.memory(work[10:])
+    assert sound == pytest.approx(3.0, rel=0.1)
+    work[30, 7] = lost
+    assert switching.memory(work[10:]) == pytest.approx(sound, rel=0.1)
+    assert switching.memory(np.full((50, 4), lost)) == 1.0
+
+    with Fluid(lonely.solution, seed=1, batch=256) as fluid:
+        chains = Chains(fluid, 0.0, 0.1, fluid.packed(0.0, 1, 0), 0)
+        pieces = rng.normal(size=(16, 256))
+
+        def journeys(*_):
+            return [switching.Journey(np.cumsum(pieces, axis=0), chains.x[0])]
+
+        monkeypatch.setattr(fluid, "_journeys", journeys)
+        stages = switching.stages_for(fluid.pilot(chains, even_course(2560, 0.1)))
+        pieces[5, 3] = lost
+        assert switching.stages_for(fluid.pilot(chains, even_course(2560, 0.1))) == pytest.approx(stages, rel=0.1)
+
+
 def test_journeys_stop_when_asked(lonely):
     with Fluid(lonely.solution, seed=1, batch=256) as fluid:
         chains = Chains(fluid, 0.0, 0.1, fluid.packed(0.0, 1, 0), 0)

@@ -1,17 +1,21 @@
-"""Other problems of two states, against molecular dynamics and against sums of stages. All of it is slow.
+"""Other problems of two states, against molecular dynamics and against Widom's insertion. All of it is slow.
 
 Four combined standard errors raise a false alarm once in 16 000 times.
 """
 
-import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import lammps_oracle
 import numpy as np
 import pytest
 
+import freeflow as ff
 from freeflow import solvation
 from freeflow.estimators import statistical_inefficiency
+from freeflow.switching import Fluid
+from freeflow.types import double_precision
 
 pytestmark = pytest.mark.slow
 
@@ -82,22 +86,31 @@ def test_a_cooled_liquid_agrees_with_the_energies_of_lammps():
         assert abs(answer.delta_f - expected) < 4 * math.hypot(answer.std_error, error), answer.method
 
 
-def test_a_solute_from_a_point_is_the_sum_of_its_stages():
-    """Insertion at once, by switching, against growth in two stages, the second one without switching."""
-    sizes, n, box = (0.0, 0.7, 1.0), 30, 3.65
-    once = solvation.estimate_difference(
-        liquid(n, box, 2.0, [sizes[0], sizes[-1]]), methods=("bridge",), target_error=0.05, seed=4
-    )
-    stages = [
-        solvation.estimate_difference(
-            liquid(n, box, 2.0, [a, b]), methods=("bridge" if a == 0 else "bar",), target_error=0.05, seed=5
-        )
-        for a, b in itertools.pairwise(sizes)
-    ]
-    assert all(stage.best.reliable for stage in stages)
-    total = sum(stage.delta_f for stage in stages)
-    error = math.hypot(*(stage.delta_f_std_error for stage in stages))
-    for answer in once.answers:
-        print(answer.method, answer.delta_f, answer.std_error, "stages", total, error)
-        assert answer.reliable, answer.method
-        assert abs(answer.delta_f - total) < 4 * math.hypot(answer.std_error, error), answer.method
+def widom(problem, radius, n_rounds, points, seed):
+    """-ln <exp(-beta U)> of putting a solute anywhere into samples of the pure solvent, and its error from chains."""
+    kernels, rng = problem.kernels(), np.random.default_rng(seed)
+    with double_precision(), Fluid(problem, seed) as fluid:
+        chains, found = fluid.equilibrate(0.0, 2, 0)
+        x = fluid.sample(chains, n_rounds, math.ceil(found.inefficiency)).frames
+        energy = jax.jit(lambda x: kernels.solute(x, jnp.float64(radius))[0])
+        inserted = np.zeros(len(x))
+        for _ in range(points):
+            anywhere = problem.box_length * rng.random((len(x), 1, 3))
+            inserted += np.exp(-problem.betas[0] * np.asarray(energy(np.moveaxis(x + anywhere, 0, -1)))) / points
+    each = inserted.reshape(len(chains), -1).mean(axis=1)  # chains are independent
+    mean = each.mean()
+    return -math.log(mean), each.std(ddof=1) / math.sqrt(len(each)) / mean
+
+
+@pytest.mark.parametrize(("radius", "method"), [(0.6, "bar"), (0.9, "bridge")])
+def test_a_solute_from_a_point_costs_what_widom_says(radius, method):
+    """Growth at the centre of the box, and insertion anywhere, are one and the same: all places are alike."""
+    problem = ff.load(liquid(30, 3.65, 2.0, [0.0, radius]))
+    expected, error = widom(problem, radius, 16, 200, 9)
+    found = solvation.estimate_difference(problem, methods=(method,), target_error=0.05, seed=4)
+    answer = found.answers[0]
+    print(method, answer.delta_f, answer.std_error, "Widom", expected, error)
+    assert error < 0.03
+    assert answer.reliable
+    assert answer.std_error < 0.06
+    assert abs(answer.delta_f - expected) < 4 * math.hypot(answer.std_error, error)

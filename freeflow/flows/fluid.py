@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -391,6 +392,7 @@ def journey(
     return jax.lax.scan(step, (nowhere, nothing), None, length=steps)[0]
 
 
+@lru_cache(maxsize=16)  # one and the same map again: what is compiled for it serves all folds
 def fluid_map(shape: FieldShape, steps: int = 3, span: float = 1.0, dtype: str = "float32") -> Bijector:
     """The map of (n, 3) positions [length] that a field makes: the identity at first, and A to B when fitted.
 
