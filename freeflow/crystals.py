@@ -269,6 +269,7 @@ def crystal_system(
         cell_motion=cell_motion,
         thermal_wavelength=mean_wavelength,
         wavelengths=wavelengths,
+        energy=energy,
         plan=plan or Plan(),
         published=published,
         config=config or {},
@@ -385,7 +386,7 @@ def crystal_ensemble(energy: RelativeEnergy, reach: float | None = None) -> Ense
 
 def energy_of(system: System) -> CrystalEnergy:
     """A system's potential on its crystal."""
-    return on_crystal(system.potential, system.crystal, system.nearest_image_only)
+    return system.energy or on_crystal(system.potential, system.crystal, system.nearest_image_only)
 
 
 def _by_species(wavelength: float | Mapping[str, float], crystal: Crystal, units: UnitStyle) -> dict[str, float]:

@@ -296,6 +296,7 @@ class System:
     published: Published | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  # everything resolved, for provenance
     wavelengths: Mapping[str, float] = field(default_factory=dict)  # thermal wavelength of every species [length]
+    energy: Any = None  # freeflow.potentials.CrystalEnergy of the potential on the crystal, which knows it at rest
 
     @property
     def n_atoms(self) -> int:

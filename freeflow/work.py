@@ -125,7 +125,7 @@ class BridgeSampler:
         self._compiled: dict[tuple[str, int], Future[Any]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._launch_dtype = jax.eval_shape(bridge.launch, jax.random.key(0)).z.dtype
+        self._launch_dtype = jax.eval_shape(lambda: bridge.launch(jax.random.key(0))).z.dtype
 
     def _take_place(self) -> None:
         with self._lock:
@@ -164,7 +164,7 @@ class BridgeSampler:
                 self.compile(name, like, device)
 
     def _lower(self, name: str, like: Gaussian | None) -> Any:
-        keys = self.keys(0)
+        keys = jax.eval_shape(lambda: self.keys(0))
         if name == "launch":
             return jax.jit(jax.vmap(self.bridge.launch)).lower(keys).compile(_COMPILED_FAST)
         walker = jax.eval_shape(jax.vmap(self.bridge.launch), keys)

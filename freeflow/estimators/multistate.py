@@ -11,10 +11,11 @@ from jax.nn import log_softmax
 from jax.scipy.special import logsumexp
 
 from freeflow.errors import InputError
-from freeflow.estimators.two_state import Samples, padded, released, require_float64
+from freeflow.estimators.two_state import Samples, require_float64
 from freeflow.types import in_double_precision
 
 _MAX_ITERATIONS = 1000
+_SMALLEST_BUFFER = 1 << 12  # one size for most runs: compiling takes longer than computing
 
 
 class MBAREstimate(NamedTuple):
@@ -54,8 +55,7 @@ def mbar(u_kn: Samples, n_k: np.ndarray | list[int] | tuple[int, ...]) -> MBAREs
     if np.any(np.isnan(u) | np.isneginf(u)) or not np.all(np.isfinite(u[counts > 0]).any(axis=0)):
         raise InputError("u_kn holds NaN, minus infinity, or a sample that no sampled state allows")
     # Only differences between states matter: taking out the smallest keeps their digits.
-    buffer, valid = padded(*(u - np.min(u, axis=0)))
-    valid = valid[:1]  # (1, n): the same samples in every state
+    buffer, valid = _padded(u - np.min(u, axis=0))
     sampled = counts > 0
     n_sampled = counts[sampled].astype(np.float64)
     if sampled.sum() > 1:
@@ -64,7 +64,16 @@ def mbar(u_kn: Samples, n_k: np.ndarray | list[int] | tuple[int, ...]) -> MBAREs
             raise InputError("mbar did not converge: some states do not overlap; add states between them")
     else:
         f_sampled = np.zeros(1)
-    return released(_finish(buffer, valid, counts.astype(np.float64), buffer[sampled], n_sampled, f_sampled))
+    # As NumPy arrays: outside `double_precision` JAX silently turns the result of `f_k - 1.0` into float32.
+    return jax.device_get(_finish(buffer, valid, counts.astype(np.float64), buffer[sampled], n_sampled, f_sampled))
+
+
+def _padded(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of u (K, N) filled up to a power of four, so that few sizes are compiled, and (1, n) which are data."""
+    size = _SMALLEST_BUFFER
+    while size < u.shape[1]:
+        size *= 4
+    return np.pad(u, ((0, 0), (0, size - u.shape[1]))), np.arange(size)[None] < u.shape[1]
 
 
 @jax.jit

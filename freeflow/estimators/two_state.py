@@ -6,26 +6,25 @@ A NaN makes the answer NaN.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.nn import log_sigmoid
-from jax.scipy.special import logsumexp
 
 from freeflow.errors import InputError, PrecisionError
-from freeflow.types import Estimate, Work, in_double_precision
+from freeflow.types import Estimate, Work
 
 Samples = jax.Array | np.ndarray | Sequence[float]
 Estimator = Callable[[Work], Estimate]
 
-_SMALLEST_BUFFER = 1 << 12  # one size for most runs: compiling takes longer than computing
 _MAX_ITERATIONS = 200
+_NEAR = 30.0  # kT that Bennett's constant may move by before exponentials are taken anew
+_FEW = 1 << 12  # samples of a side that a first guess is made from
 
 
 def require_float64(values: Samples, name: str = "work") -> jax.Array | np.ndarray:
@@ -58,33 +57,12 @@ def samples_of(values: Samples, name: str) -> jax.Array | np.ndarray:
     return array
 
 
-def padded(*arrays: jax.Array | np.ndarray) -> tuple[Any, Any]:
-    """Arrays (n_i,) as rows of a buffer filled up to a power of four, and the mask of what is data.
-
-    Sampling calls the estimators with ever more samples: without this each call would compile.
-    Inside somebody else's `jit` or `vmap` the shapes are fixed already and little is added.
-    """
-    longest = max(len(array) for array in arrays)
+def _on_host(function: Callable[..., Estimate], *arrays: Any) -> Estimate:
+    """What a NumPy function of arrays returns; inside somebody else's `jit` or `vmap` it is called back."""
     if any(isinstance(array, Tracer) for array in arrays):
-        rows = jnp.stack([jnp.pad(array, (0, longest - len(array))) for array in arrays])
-        return rows, np.stack([np.arange(longest) < len(array) for array in arrays])
-    size = _SMALLEST_BUFFER
-    while size < longest:
-        size *= 4
-    buffer, valid = np.zeros((len(arrays), size)), np.zeros((len(arrays), size), bool)
-    for row, mask, array in zip(buffer, valid, arrays, strict=True):
-        row[: len(array)], mask[: len(array)] = array, True
-    return buffer, valid
-
-
-def released(tree: Any) -> Any:
-    """`tree` with NumPy arrays for JAX ones, unless they are being traced.
-
-    Outside `double_precision` JAX silently turns the result of `delta_f - 1.0` into float32.
-    """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
-        return tree
-    return jax.device_get(tree)
+        number = jax.ShapeDtypeStruct((), np.float64)
+        return jax.pure_callback(function, Estimate(number, number, number), *arrays, vmap_method="sequential")
+    return function(*arrays)
 
 
 def record(forward: Any, reverse: Any = None) -> Work:
@@ -92,7 +70,11 @@ def record(forward: Any, reverse: Any = None) -> Work:
     return Work(forward, np.zeros(0) if reverse is None else reverse)  # pyright: ignore[reportArgumentType]
 
 
-@in_double_precision
+def _square(x: np.ndarray) -> float:
+    """x.x on one core: BLAS would wake others for it, which then wait in a loop."""
+    return float(np.einsum("i,i->", x, x))
+
+
 def fep(work: Work) -> Estimate:
     """Exponential average -ln <exp(-w)> of the forward work [kT]; needs no reverse work.
 
@@ -106,24 +88,20 @@ def fep(work: Work) -> Estimate:
 
     References: Zwanzig, J. Chem. Phys. 22, 1420 (1954); Jarzynski, PRL 78, 2690 (1997).
     """
-    buffer, valid = padded(samples_of(work.forward, "forward work"))
-    return released(_fep(buffer[0], valid[0]))
+    return _on_host(_fep, samples_of(work.forward, "forward work"))
 
 
-@jax.jit
-def _fep(w: jax.Array, valid: jax.Array) -> Estimate:
-    n = valid.sum()
-    log_weights = jnp.where(valid, -w, -jnp.inf)
-    top = jnp.max(log_weights)
-    top = jnp.where(jnp.isinf(top), 0.0, top)
-    weights = jnp.exp(log_weights - top)
-    mean = weights.sum() / n
-    deviation = jnp.where(valid, weights / mean - 1, 0.0)
-    std_error = jnp.sqrt(jnp.sum(deviation**2) / (n * (n - 1)))
-    return Estimate(-(top + jnp.log(mean)), std_error, weights.sum() ** 2 / jnp.sum(weights**2) / n)
+def _fep(work: Any) -> Estimate:
+    w = np.asarray(work)
+    n, top = len(w), -np.min(w)
+    top = 0.0 if np.isinf(top) else top
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.exp(-w - top)
+        mean = weights.mean()
+        std_error = np.sqrt(np.sum((weights / mean - 1) ** 2) / (n * np.float64(n - 1)))
+        return Estimate(-(top + np.log(mean)), std_error, weights.sum() ** 2 / _square(weights) / n)
 
 
-@in_double_precision
 def bar(work: Work, inefficiency: tuple[float, float] = (1.0, 1.0)) -> Estimate:
     """Bennett's acceptance ratio from forward and reverse work, any number of each [kT].
 
@@ -149,52 +127,89 @@ def bar(work: Work, inefficiency: tuple[float, float] = (1.0, 1.0)) -> Estimate:
     if not all(g >= 1 for g in inefficiency):
         raise InputError(f"statistical inefficiencies must be at least 1, got {tuple(inefficiency)}")
     sides = samples_of(work.forward, "forward work"), samples_of(work.reverse, "reverse work")
-    return released(_bar(*padded(*sides), np.asarray(inefficiency, np.float64)))
+    return _on_host(functools.partial(_bar, inefficiency=inefficiency), *sides)
 
 
-@jax.jit
-def _bar(w: jax.Array, valid: jax.Array, g: jax.Array) -> Estimate:
-    """`bar` of forward and reverse work, the rows of w (2, n)."""
-    n = valid.sum(axis=1)
-    log_ratio = jnp.log(n[0] / g[0]) - jnp.log(n[1] / g[1])
-    sign = jnp.array([1.0, -1.0])
+class _Fermi:
+    """Averages of the Fermi function f(x) = 1 / (1 + e^-x) at x = sign c - w over one side's work w, for many c.
 
-    def averages(c):
-        """Logarithm of the mean Fermi function of each side, each sample's share in it, and its slope in c."""
-        x = jnp.where(valid, sign[:, None] * c - w, -jnp.inf)
-        log_fermi = log_sigmoid(x)
-        log_sum = logsumexp(log_fermi, axis=1)
-        share = jnp.exp(log_fermi - log_sum[:, None])
-        return log_sum - jnp.log(n), share, jnp.sum(share * -jnp.expm1(log_fermi), axis=1)
+    Exponentials are taken once, around some c; moving on from there costs a division per sample. With m the largest
+    x or zero, whichever is less, it is e^-m f that is summed: nothing that counts underflows.
+    """
 
-    def unfinished(state):
-        _, _, _, step, iteration, tolerance = state
-        return (jnp.abs(step) > tolerance) & (iteration < _MAX_ITERATIONS)
+    def __init__(self, w: np.ndarray, sign: float):
+        self._w, self._sign = w, sign
+        self._around = math.nan
 
-    def improve(state):
-        low, high, c, step, iteration, _ = state
+    def scaled(self, c: float) -> tuple[np.ndarray, float]:
+        """e^-m f of every sample, and m."""
+        if not abs(c - self._around) < _NEAR:
+            x = self._sign * c - self._w
+            self._around, self._m = c, min(float(x.max()), 0.0)
+            self._decay = np.exp(self._m - x)
+        f = self._decay * math.exp(-self._sign * (c - self._around))
+        f += math.exp(self._m)
+        return np.divide(1.0, f, out=f), self._m
+
+    def log_mean(self, c: float) -> tuple[float, float]:
+        """Logarithm of the mean, and its slope with respect to x."""
+        f, m = self.scaled(c)
+        total = f.sum()
+        return m + np.log(total / len(f)), 1 - math.exp(m) * _square(f) / total
+
+
+def _bar(forward: Any, reverse: Any, inefficiency: tuple[float, float]) -> Estimate:
+    sides = [np.asarray(forward), np.asarray(reverse)]
+    sizes = [len(w) for w in sides]
+    log_ratio = math.log(sizes[0] / inefficiency[0]) - math.log(sizes[1] / inefficiency[1])
+    with np.errstate(all="ignore"):
+        start = None
+        if max(sizes) > 4 * _FEW:  # every so many of the samples tell where to look
+            few = [w[:: max(1, len(w) // _FEW)] for w in sides]
+            start = _bennett_constant([_Fermi(few[0], 1.0), _Fermi(few[1], -1.0)], log_ratio, _bracket(few, log_ratio))
+        fermi = _Fermi(sides[0], 1.0), _Fermi(sides[1], -1.0)
+        c = _bennett_constant(fermi, log_ratio, _bracket(sides, log_ratio), start)
+        log_means, variance, fractions = [], 0.0, []
+        for side, n, g in zip(fermi, sizes, inefficiency, strict=True):
+            f, m = side.scaled(c)
+            mean = f.mean()
+            log_means.append(m + np.log(mean))
+            variance += g * np.sum((f / mean - 1) ** 2) / (n * np.float64(n - 1))
+            fractions.append(n * mean * mean / _square(f))
+        return Estimate(c - log_means[0] + log_means[1], np.sqrt(variance), np.min(fractions))
+
+
+def _bracket(sides: Sequence[np.ndarray], log_ratio: float) -> tuple[float, float]:
+    """Where Bennett's constant must lie [kT].
+
+    Beyond the extreme works by ln(n_f + n_r) + |ln(n_f / n_r)| one side is sure to outweigh the other.
+    """
+    n = sum(len(w) for w in sides)
+    finite = [w[np.isfinite(w)] for w in sides]
+    ends = [x for w, sign in zip(finite, (1.0, -1.0), strict=True) if len(w) for x in (sign * w.min(), sign * w.max())]
+    margin = math.log(n) + abs(log_ratio) + 1
+    return (min(ends) - margin, max(ends) + margin) if ends else (math.nan, math.nan)
+
+
+def _bennett_constant(
+    sides: Sequence[_Fermi], log_ratio: float, bracket: tuple[float, float], start: float | None = None
+) -> float:
+    """C with n_F <f(w_F - C)>_F = n_R <f(w_R + C)>_R, n ratio given as a logarithm, inside the bracket [kT]."""
+    low, high = bracket
+    c, step = 0.5 * (low + high) if start is None else start, high - low
+    for _ in range(_MAX_ITERATIONS):
         # In logarithms, whose slope stays near 1 or 2 where the Fermi functions underflow.
-        log_mean, _, slope = averages(c)
-        error = log_ratio + log_mean[0] - log_mean[1]
-        low, high = jnp.where(error < 0, c, low), jnp.where(error < 0, high, c)
-        newton = c - error / slope.sum()
+        (left, left_slope), (right, right_slope) = (side.log_mean(c) for side in sides)
+        error = log_ratio + left - right
+        low, high = (c, high) if error < 0 else (low, c)
+        newton = c - error / (left_slope + right_slope)
         # Newton while it stays inside the bracket and at least halves its step, else bisect.
-        good = (newton > low) & (newton < high) & (jnp.abs(newton - c) < 0.5 * jnp.abs(step))
-        new = jnp.where(good, newton, 0.5 * (low + high))
-        return low, high, new, new - c, iteration + 1, 1e-13 * (1 + jnp.abs(new))
-
-    # Beyond the extreme works by ln(n_f + n_r) + |ln(n_f / n_r)| one side is sure to outweigh the other.
-    finite, signed = valid & jnp.isfinite(w), sign[:, None] * w
-    margin = jnp.log(n.sum()) + jnp.abs(log_ratio) + 1
-    low = jnp.where(finite, signed, jnp.inf).min() - margin
-    high = jnp.where(finite, signed, -jnp.inf).max() + margin
-    start = (low, high, 0.5 * (low + high), high - low, 0, jnp.zeros_like(low))
-    c = jax.lax.while_loop(unfinished, improve, start)[2]
-    log_mean, share, _ = averages(c)
-    deviation = jnp.where(valid, n[:, None] * share - 1, 0.0)
-    variance = jnp.sum(deviation**2, axis=1) / (n * (n - 1))
-    ess_fraction = 1 / (n * jnp.sum(share**2, axis=1))
-    return Estimate(c - log_mean[0] + log_mean[1], jnp.sqrt(jnp.sum(g * variance)), ess_fraction.min())
+        good = low < newton < high and abs(newton - c) < 0.5 * abs(step)
+        new = newton if good else 0.5 * (low + high)
+        c, step = new, new - c
+        if not abs(step) > 1e-13 * (1 + abs(c)):
+            break
+    return c
 
 
 ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({"fep": fep, "bar": bar})

@@ -6,9 +6,9 @@ from freeflow.potentials.core import (
     atomic_energies_at_rest,
     bind,
     energy_and_gradient,
-    force_constants,
     lattice_energy,
 )
+from freeflow.potentials.curvature import force_constants
 from freeflow.potentials.deformed import deformed_energy
 from freeflow.potentials.external import External, ase_potential, check, python_potential
 from freeflow.potentials.pair import lennard_jones, wca

@@ -13,7 +13,8 @@ from jax import Array
 from jaxtyping import Float
 
 from freeflow.geometry import NeighbourTable, nearest_image_table, neighbour_table
-from freeflow.potentials.core import Potential, atomic_energies_at_rest, bind, force_constants
+from freeflow.potentials.core import Potential, atomic_energies_at_rest, bind
+from freeflow.potentials.curvature import force_constants
 from freeflow.potentials.external import External, force_constants_of, lattice_energy_of, relative_energy
 from freeflow.potentials.species import Pair, SpeciesPairs
 from freeflow.types import Crystal, Numeric

@@ -7,7 +7,6 @@ vmap to the kernel, and a custom derivative uses the kernel's own gradient.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -338,41 +337,30 @@ def bind(
 RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
+def run_once(function: Callable[..., Any], *arguments: Any, options: dict[str, Any] | None = None) -> Any:
+    """What a function of arrays returns, as NumPy arrays; also while something else is being traced.
+
+    Args:
+        function: Anything that JAX can trace.
+        *arguments: Its arguments, NumPy arrays.
+        options: For the compiler, such as `RUN_ONCE`.
+    """
+    compiled = jax.jit(function).lower(*arguments).compile(options)
+    return jax.tree.map(np.asarray, compiled(*arguments))
+
+
 @in_double_precision
 def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Float[np.ndarray, " n_atoms"]:
     """Energy that the kernel books on every atom of the perfect lattice [energy].
 
     It is the same for every table that holds all pairs within the cutoff.
     """
-    with jax.ensure_compile_time_eval():
-        rest = jnp.zeros((table.partner.shape[1], 3, 1), "float64")
-        kernel = _kernel(potential, table, "float64", 1)
-        return np.asarray(jax.jit(lambda u: kernel(u)[0])(rest))[:, 0]  # compiles no forces
+    # Compiled as the kernel is, to the same rounding: a lattice has exactly no energy relative to itself.
+    kernel = _kernel(potential, table, "float64", 1)
+    rest = np.zeros((table.partner.shape[1], 3, 1))
+    return run_once(lambda u: kernel(u)[0], rest)[:, 0]  # compiles no forces
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:
     """Energy of the perfect lattice [energy], in float64."""
     return float(atomic_energies_at_rest(potential, table).sum())
-
-
-@in_double_precision
-def force_constants(
-    potential: Potential, table: NeighbourTable, atoms: np.ndarray, chunk: int = 256
-) -> Float[np.ndarray, "n_atoms 3 n_columns"]:
-    """Columns of the Hessian at the lattice for the three directions of each of `atoms`.
-
-    Forward mode through the hand-written gradient, exact to rounding [energy/length**2].
-    """
-    n_atoms = table.partner.shape[1]
-    kernel = _kernel(potential, table, "float64", chunk)
-    directions = np.zeros((n_atoms, 3, 3 * len(atoms)))
-    for column, atom in enumerate(np.repeat(atoms, 3)):
-        directions[atom, column % 3, column] = 1.0
-
-    @functools.partial(jax.jit, compiler_options=RUN_ONCE)
-    def columns(tangent):
-        rest = jnp.zeros_like(tangent)
-        return jax.jvp(lambda u: kernel(u)[1], (rest,), (tangent,))[1]
-
-    parts = [np.asarray(columns(part)) for part in np.array_split(directions, max(1, -(-len(atoms) * 3 // chunk)), 2)]
-    return np.concatenate(parts, axis=2)
