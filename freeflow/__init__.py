@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from freeflow.sampling import Sampling, sample
     from freeflow.series import estimate_series
     from freeflow.thermodynamics import SeriesResult
-    from freeflow.types import Crystal, Plan, System, TemperatureSeries, double_precision
+    from freeflow.types import Crystal, Plan, StateSeries, System, double_precision
 
     __version__: str
 
@@ -30,8 +30,8 @@ __all__ = [
     "Result",
     "Sampling",
     "SeriesResult",
+    "StateSeries",
     "System",
-    "TemperatureSeries",
     "__version__",
     "compare",
     "compare_phases",
@@ -51,7 +51,7 @@ _HOMES = {
     "Sampling": "freeflow.sampling",
     "SeriesResult": "freeflow.thermodynamics",
     "System": "freeflow.types",
-    "TemperatureSeries": "freeflow.types",
+    "StateSeries": "freeflow.types",
     "compare": "freeflow.comparison",
     "compare_phases": "freeflow.phases",
     "double_precision": "freeflow.types",

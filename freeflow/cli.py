@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from freeflow.sampling import Sampling
     from freeflow.solutions import Solution
     from freeflow.training_run import TrainingResult
-    from freeflow.types import Plan, System, TemperatureSeries, TrajectoryPlan
+    from freeflow.types import Plan, StateSeries, System, TrajectoryPlan
 
 R = TypeVar("R")
 LINE_EVERY_SECONDS = 10.0
@@ -142,9 +142,16 @@ class _Temperatures(click.ParamType):
         return numbers
 
 
-_TEMPERATURE = click.option("--temperature", type=_Temperatures(), help="Instead of the file's; several are a series.")
+_STATES = _together(
+    click.option("--temperature", type=_Temperatures(), help="Instead of the file's; several are a series."),
+    click.option(
+        "--pressure",
+        metavar="P|P,P,...|START:STOP:STEP",
+        help="The same, in the file's unit or with one: '1 kbar', '0:20:2 GPa'; a fixed cell then moves.",
+    ),
+)
 _TABLE = _together(
-    click.option("--csv", metavar="OUT", help="Write the table of a series of temperatures as CSV."),
+    click.option("--csv", metavar="OUT", help="Write the table of a series as CSV."),
     click.option("--plot", metavar="OUT", help="Draw it: .png, .pdf or .svg."),
 )
 _NOT_OF_SERIES = (
@@ -180,7 +187,7 @@ Examples:
 )
 @click.argument("system")
 @_STOPPING
-@_TEMPERATURE
+@_STATES
 @_ROAD
 @click.option("--estimator", type=click.Choice(["fep", "bar"]), help="From forward work, or from forward and reverse.")
 @click.option("--trajectory", metavar="FILE", help="MD frames as samples of the target, for bar.")
@@ -206,6 +213,7 @@ def estimate(
     u_nk: str | None,
     distributed: str | None,
     temperature: tuple[float, ...] | None,
+    pressure: str | None,
     csv: str | None,
     plot: str | None,
     json_path: str | None,
@@ -225,23 +233,23 @@ def estimate(
     the first process, how many there are and which one it is. The result does not depend on how many there are; the
     first one prints and writes it.
 
-    At several temperatures (a list or START:STOP:STEP) the result is a table of free energy, energy, entropy and heat
-    capacity, each at the target error.
+    At several temperatures or pressures (lists or START:STOP:STEP) the result is a table of free energy, energy or
+    enthalpy, entropy, heat capacity and volume, each at the target error.
     """
     _require_places(system, json=json_path, report=report, u_nk=u_nk, csv=csv, plot=plot)
     speaks = distributed is None or _joined(distributed)
-    problem = _at(config.load(system), temperature)
+    problem = _at(config.load(system), temperature, pressure)
     from freeflow.solutions import Solution
-    from freeflow.types import TemperatureSeries
+    from freeflow.types import StateSeries
 
-    if isinstance(problem, TemperatureSeries):
+    if isinstance(problem, StateSeries):
         said = {**options, "report": report, "u_nk": u_nk, "distributed": distributed}
-        _refuse(problem, said, _NOT_OF_SERIES, "a series of temperatures")
+        _refuse(problem, said, _NOT_OF_SERIES, "a series of states")
         kept = {name: value for name, value in options.items() if name not in _NOT_OF_SERIES}
         return _estimate_series(problem, kept, csv, plot, json_path, quiet, cache)
     for name, value in (("csv", csv), ("plot", plot)):
         if value is not None:
-            raise InputError(f"--{name}: {problem.name} is no series of temperatures; see --json and --report")
+            raise InputError(f"--{name}: {problem.name} is no series of states; see --json and --report")
     if isinstance(problem, Solution):
         _refuse(problem, {"distributed": distributed}, ("distributed",), "a solution")
         return _estimate_difference(problem, {**options, "report": report, "u_nk": u_nk}, json_path, quiet, cache)
@@ -271,12 +279,13 @@ def estimate(
 Examples:
   freeflow compare-phases mw_cubic_64 mw_hexagonal_64
   freeflow compare-phases a.yaml b.yaml --temperature 100:300:25 --plot phases.png
+  freeflow compare-phases a.yaml b.yaml --temperature 300 --pressure '10:20:1 GPa'
 
 Exit status: 0 both phases reached the target error; 2 bad input; 3 not reliable, or short of it; 130 interrupted.""",
 )
 @click.argument("phase_a", metavar="A")
 @click.argument("phase_b", metavar="B")
-@_TEMPERATURE
+@_STATES
 @_STOPPING
 @_ROAD
 @_TABLE
@@ -285,6 +294,7 @@ def compare_phases(
     phase_a: str,
     phase_b: str,
     temperature: tuple[float, ...] | None,
+    pressure: str | None,
     csv: str | None,
     plot: str | None,
     json_path: str | None,
@@ -294,11 +304,12 @@ def compare_phases(
 ) -> int:
     """Compare the free energies of two crystals of one substance, A and B: which is stable, and up to where.
 
-    At every temperature the difference per atom with its error, and the temperature where the two are equal, if there
-    is one. Both are systems as `freeflow estimate` takes them, with the same potential and units.
+    In every state the difference per atom with its error, and the temperature, or of several pressures the pressure,
+    where the two are equal, if there is one. Both are systems as `freeflow estimate` takes them, with the same
+    potential and units.
     """
     _require_places(phase_a, phase_b, json=json_path, csv=csv, plot=plot)
-    a, b = (_at(config.load(phase), temperature) for phase in (phase_a, phase_b))
+    a, b = (_at(config.load(phase), temperature, pressure) for phase in (phase_a, phase_b))
     changes = {name: value for name, value in _with_flow(options).items() if value is not None}
     if "stages" in changes:
         stages = changes.pop("stages")
@@ -652,19 +663,45 @@ def _estimate_difference(
     return result.exit_status
 
 
-def _at(problem: Any, temperatures: tuple[float, ...] | None) -> Any:
-    """The problem at these temperatures, if any are given."""
-    if temperatures is None:
+def _at(problem: Any, temperatures: tuple[float, ...] | None, pressure: str | None) -> Any:
+    """The problem at these temperatures and pressures, if any are given."""
+    if temperatures is None and pressure is None:
         return problem
-    from freeflow.crystals import at_temperature
-    from freeflow.types import System, TemperatureSeries
+    from freeflow.crystals import at_state
+    from freeflow.types import StateSeries, System
 
-    if not isinstance(problem, System | TemperatureSeries):
-        raise InputError(f"--temperature: {problem.name} is a solution; its temperatures stand in the file")
-    system = problem.system if isinstance(problem, TemperatureSeries) else problem
-    if len(temperatures) == 1:
-        return at_temperature(system, temperatures[0])
-    return config.series_of(system, temperatures)
+    if not isinstance(problem, System | StateSeries):
+        option = "temperature" if pressure is None else "pressure"
+        raise InputError(f"--{option}: {problem.name} is a solution; its state stands in the file")
+    if pressure is not None:
+        problem = _under_pressure(problem, pressure)
+    system = problem.system if isinstance(problem, StateSeries) else problem
+    known = (
+        (problem.temperatures, problem.pressures) if isinstance(problem, StateSeries) else ((system.temperature,), ())
+    )
+    t, p = temperatures or known[0], known[1]
+    if len(t) == 1 and len(p) < 2:
+        return at_state(system, t[0], p[0] if p else None)
+    return config.series_of(system, t, p)
+
+
+def _under_pressure(problem: System | StateSeries, pressure: str) -> System | StateSeries:
+    """The problem under the pressures of an option; the file's own rules hold for them."""
+    listed = [part.strip() for part in pressure.split(",")]
+    unit = listed[-1].partition(" ")[2]
+    numbers = [_number(part if " " in part or not unit else f"{part} {unit}") for part in listed]
+    values = {key: value for key, value in problem.config.items() if key != "published"}
+    try:
+        return config.load({**values, "pressure": numbers if len(numbers) > 1 else numbers[0]})  # pyright: ignore[reportReturnType]
+    except InputError as error:
+        raise InputError(f"--{str(error).removeprefix('system: ')}") from None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _estimate_series(
@@ -885,12 +922,14 @@ def _print_result(
         result.to_json(json_path)
 
 
-def _facts(system: System | Solution | TemperatureSeries) -> Iterator[tuple[str, Any]]:
+def _facts(system: System | Solution | StateSeries) -> Iterator[tuple[str, Any]]:
     from freeflow.solutions import Solution
-    from freeflow.types import TemperatureSeries
+    from freeflow.types import StateSeries
 
-    if isinstance(system, TemperatureSeries):
+    if isinstance(system, StateSeries):
         yield "temperatures", len(system.temperatures)
+        if system.pressures:
+            yield "pressures", len(system.pressures)
         system = system.system
 
     units, n = system.units, system.n_atoms

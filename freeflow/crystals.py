@@ -306,6 +306,31 @@ def at_temperature(system: System, temperature: float) -> System:
     )
 
 
+def at_pressure(system: System, pressure: float) -> System:
+    """The same crystal under another pressure, with the same reference cell.
+
+    Args:
+        system: A crystal whose cell moves.
+        pressure: In the unit style's unit.
+    """
+    if pressure == system.pressure:
+        return system
+    p = pressure * system.units.pressure_unit
+    return replace(
+        system,
+        state=system.state._replace(pressure=np.float64(p)),
+        constants={**system.constants, "pressure": float(system.state.beta) * p * system.crystal.volume},
+        published=None,
+        config={**system.config, "pressure": pressure} if system.config else system.config,
+    )
+
+
+def at_state(system: System, temperature: float, pressure: float | None) -> System:
+    """The same crystal at another temperature and, where its cell moves, another pressure; see `at_temperature`."""
+    moved = at_temperature(system, temperature)
+    return moved if pressure is None else at_pressure(moved, pressure)
+
+
 def _with_wavelengths(system: System) -> dict[str, Any]:
     """The resolved file with thermal wavelengths in the place of masses, which would give others elsewhere."""
     if "masses" not in system.config:

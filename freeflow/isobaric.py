@@ -62,16 +62,23 @@ def isobaric_ensemble(
         u, strain = x
         growth = log_volume_change(strain)
         enthalpy = energy(u, deformation(strain)) + state.pressure * volume * jnp.expm1(growth)
-        # V^(N-1) from scaled displacements, V from the centre of mass, and one more V from dV = V d(ln V).
-        value = state.beta * enthalpy - (n_atoms + 1) * growth
-        if motion.n_strains == 6:  # diagonal strains commute: their measure is flat
-            value = value - log_shape_measure(strain)
+        value = state.beta * enthalpy - log_measure(strain, n_atoms, motion)
         if reach is None:
             return value
         inside = (jnp.max(jnp.sum(u * u, axis=1)) < reach**2) & within_reach(strain, LARGEST_STRETCH)
         return jnp.where(inside, value, jnp.inf)
 
     return Ensemble(reduced_potential)
+
+
+def log_measure(strain: Float[Array, "3 3"], n_atoms: int, motion: CellMotion) -> Scalar:
+    """ln of the ensemble's measure per volume of displacements and orthonormal strain coordinates [1].
+
+    V^(N-1) from scaled displacements, V from the centre of mass, and one more V from dV = V d(ln V).
+    """
+    value = (n_atoms + 1) * log_volume_change(strain)
+    # Diagonal strains commute: their measure is flat.
+    return value + log_shape_measure(strain) if motion.n_strains == 6 else value
 
 
 def isobaric_target(

@@ -60,12 +60,20 @@ def observed_strain(x: Strained) -> Float[np.ndarray, "n 3 3"]:
     return np.asarray(x.strain, np.float64)
 
 
+def observed_crystal(x: np.ndarray | Strained) -> np.ndarray | Strained:
+    """A batch itself, with displacements in float32."""
+    if isinstance(x, Strained):
+        return Strained(np.asarray(x.displacements, np.float32), observed_strain(x))  # pyright: ignore[reportArgumentType]
+    return np.asarray(x, np.float32)
+
+
 def cell_average(
-    crystal: Crystal, strain: Float[np.ndarray, "n 3 3"] | None, work: Float[np.ndarray, " n"]
+    crystal: Crystal, observed: Strained | Float[np.ndarray, "n 3 3"] | None, work: Float[np.ndarray, " n"]
 ) -> CellAverage | None:
     """The cell of the target, from strains of the reference crystal in samples of weight exp(-work)."""
-    if strain is None:
+    if observed is None:
         return None
+    strain = observed.strain if isinstance(observed, Strained) else observed
     values, axes = np.linalg.eigh(strain)
     volume = crystal.volume * np.exp(values.sum(axis=1))
     vectors = crystal.cell @ np.einsum("nak,nk,nbk->nab", axes, np.exp(values), axes, optimize=True)

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +22,8 @@ from freeflow.errors import InputError
 from freeflow.preparation import Progress, Report
 from freeflow.result import EXIT_STATUS, JSON_VERSION, Status, format_with_error, plain, write_atomically
 from freeflow.series import as_series, estimate_series
-from freeflow.thermodynamics import SeriesResult, write_figure
-from freeflow.types import Plan, System, TemperatureSeries
+from freeflow.thermodynamics import SeriesResult, lines_of, write_figure
+from freeflow.types import Plan, StateSeries, System
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,16 +34,23 @@ _RESOLVED = 2.0  # standard errors
 
 
 class Crossing(NamedTuple):
-    """Where two free energies are equal."""
+    """Where two free energies are equal, along temperature or along pressure."""
 
+    along: str  # temperature | pressure
     temperature: float
-    std_error: float
+    pressure: float | None  # None in a fixed cell
+    std_error: float  # of that which runs
     below: str  # name of the phase that is stable below
+
+    @property
+    def value(self) -> float:
+        """Of that which runs."""
+        return self.pressure if self.along == "pressure" and self.pressure is not None else self.temperature
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PhaseComparison:
-    """Free energies of two crystals, b against a, per atom and at the same temperatures."""
+    """Free energies of two crystals, b against a, per atom and in the same states."""
 
     a: SeriesResult
     b: SeriesResult
@@ -52,11 +59,17 @@ class PhaseComparison:
 
     @property
     def temperatures(self) -> np.ndarray:
+        """Of every state."""
         return self.a.temperatures
 
     @property
+    def pressures(self) -> np.ndarray:
+        """Of every state; NaN in fixed cells."""
+        return self.a.pressures
+
+    @property
     def difference(self) -> Float[np.ndarray, " n_states"]:
-        """beta F / N of b less that of a [kT per atom]."""
+        """beta F / N, or beta G / N, of b less that of a [kT per atom]."""
         return self._per_atom(self.b) - self._per_atom(self.a)
 
     @property
@@ -75,21 +88,30 @@ class PhaseComparison:
         return np.array([state.beta_f / phase.n_atoms for state in phase.states])
 
     @property
-    def crossing(self) -> Crossing | None:
-        """Where the difference changes sign, by linear interpolation; None if it does not, or not surely.
+    def crossings(self) -> tuple[Crossing, ...]:
+        """Where the difference changes sign along each line of states, by linear interpolation.
 
-        Of several the one of the largest change. Its error is the spread over resamples of both series.
+        A line is the series of temperatures at one pressure, or that of pressures at one temperature if there are
+        several pressures. Where it does not change sign, or not surely, there is none; of several places it is that
+        of the largest change. Errors are the spread over resamples of both series.
         """
-        found = _zero(self.temperatures, self.difference)
-        if found is None:
+        label, x, lines = lines_of(self.a)
+        found = [self._crossing(label.partition(" ")[0], x[at], at) for _, at in lines]
+        return tuple(crossing for crossing in found if crossing is not None)
+
+    def _crossing(self, along: str, x: np.ndarray, at: np.ndarray) -> Crossing | None:
+        place = _zero(x, self.difference[at])
+        if place is None:
             return None
-        resampled = [_zero(self.temperatures, row) for row in self.replicas.T]
-        known = [t for t in resampled if t is not None]
+        resampled = [_zero(x, row) for row in self.replicas[at].T]
+        known = [value for value in resampled if value is not None]
         if len(known) < (1 - _LOST_CROSSINGS) * max(len(resampled), 1):
             return None
-        k = int(np.searchsorted(self.temperatures, found)) - 1
-        below = self.a if self.difference[max(k, 0)] > 0 else self.b
-        return Crossing(found, float(np.std(known, ddof=1)), below.system.name)
+        k = at[max(int(np.searchsorted(x, place)) - 1, 0)]
+        below = self.a if self.difference[k] > 0 else self.b
+        here = self.a.states[k]
+        t, p = (here.temperature, place) if along == "pressure" else (place, here.pressure)
+        return Crossing(along, t, p, float(np.std(known, ddof=1)), below.system.name)
 
     @property
     def status(self) -> Status:
@@ -103,7 +125,7 @@ class PhaseComparison:
         return EXIT_STATUS[self.status]
 
     def stable(self, k: int) -> str | None:
-        """Name of the phase that is stable at a temperature; None if that is not resolved."""
+        """Name of the phase that is stable in a state; None if that is not resolved."""
         difference, error = float(self.difference[k]), float(self.std_error[k])
         if not abs(difference) > _RESOLVED * error:
             return None
@@ -115,17 +137,29 @@ class PhaseComparison:
         if self.status in ("unreliable", "interrupted"):
             worse = self.a if self.a.status == self.status else self.b
             return f"{worse.system.name}: {worse.verdict}"
-        unit = self.a.system.units.temperature
-        if self.crossing is not None:
-            at = format_with_error(self.crossing.temperature, self.crossing.std_error)
-            return f"{self.crossing.below} is stable below {at} {unit}, the other phase above."
+        if crossings := self.crossings:
+            first = crossings[0]
+            told = [self._told(crossing, len(crossings) > 1) for crossing in crossings]
+            return f"{first.below} is stable below {', '.join(told)}, the other phase above."
         names = {self.stable(k) for k in range(len(self.temperatures))}
         if len(names) == 1 and None not in names:
-            return f"{names.pop()} is stable at every temperature looked at."
+            what = "state" if self.a.moves else "temperature"
+            return f"{names.pop()} is stable at every {what} looked at."
         if names == {None}:
             bound = float(np.max(np.abs(self.difference) + _RESOLVED * self.std_error))
             return f"Not resolved: the phases differ by less than {bound:.1e} kT per atom (two standard errors)."
         return "Not resolved everywhere: smaller errors would tell which phase is stable."
+
+    def _told(self, crossing: Crossing, one_of_many: bool) -> str:
+        """Where a crossing is, in words."""
+        units = self.a.system.units
+        unit = units.pressure if crossing.along == "pressure" else units.temperature
+        at = f"{format_with_error(crossing.value, crossing.std_error)} {unit}"
+        if not one_of_many:
+            return at
+        if crossing.along == "pressure":
+            return f"{at} at {crossing.temperature:g} {units.temperature}"
+        return f"{at} at {crossing.pressure:g} {units.pressure}"
 
     @property
     def summary(self) -> str:
@@ -134,28 +168,31 @@ class PhaseComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by the names of the JSON contract, version 1; None where nothing applies."""
+        f = self._symbol
         rows = [
             {
-                "temperature": t,
-                "delta_beta_f_per_atom": d,
-                "delta_beta_f_per_atom_std_error": e,
-                "delta_f_per_atom": d * s.kt,
-                "delta_f_per_atom_std_error": e * s.kt,
+                "temperature": s.temperature,
+                **({"pressure": s.pressure} if self.a.moves else {}),
+                f"delta_beta_{f}_per_atom": d,
+                f"delta_beta_{f}_per_atom_std_error": e,
+                f"delta_{f}_per_atom": d * s.kt,
+                f"delta_{f}_per_atom_std_error": e * s.kt,
                 "stable": self.stable(k),
             }
-            for k, (t, d, e, s) in enumerate(
-                zip(self.temperatures, self.difference, self.std_error, self.a.states, strict=True)
-            )
+            for k, (d, e, s) in enumerate(zip(self.difference, self.std_error, self.a.states, strict=True))
         ]
+        crossings, units = [crossing._asdict() for crossing in self.crossings], self.a.system.units
+        unit = {"temperature": units.temperature, f: units.energy}
         return plain(
             {
                 "version": JSON_VERSION,
-                "quantity": "helmholtz_free_energy_difference_of_phases",
+                "quantity": f"{self.a.quantity}_difference_of_phases",
                 "phases": [self.a.system.name, self.b.system.name],
                 "n_atoms": [self.a.n_atoms, self.b.n_atoms],
                 "series": rows,
-                "crossing": self.crossing and self.crossing._asdict(),
-                "units": {"temperature": self.a.system.units.temperature, "f": self.a.system.units.energy},
+                "crossing": crossings[0] if crossings else None,
+                "crossings": crossings,
+                "units": unit | ({"pressure": units.pressure} if self.a.moves else {}),
                 "status": self.status,
                 "verdict": self.verdict,
                 "warnings": (*self.warnings, *self.a.warnings, *self.b.warnings),
@@ -164,6 +201,10 @@ class PhaseComparison:
                 "details": [self.a.to_dict(), self.b.to_dict()],
             }
         )
+
+    @property
+    def _symbol(self) -> str:
+        return "g" if self.a.moves else "f"
 
     def json_text(self) -> str:
         """The JSON document, ending in a line feed."""
@@ -174,14 +215,15 @@ class PhaseComparison:
         write_atomically(path, self.json_text())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the differences as a table, one temperature to a line; the heads say the units."""
-        units = self.a.system.units
+        """Write the differences as a table, one state to a line; the heads say the units."""
+        units, f = self.a.system.units, self._symbol
         heads = (
             f"temperature [{units.temperature}]",
-            "delta_beta_f_per_atom [kT]",
-            "delta_beta_f_per_atom_std_error [kT]",
-            f"delta_f_per_atom [{units.energy}]",
-            f"delta_f_per_atom_std_error [{units.energy}]",
+            *([f"pressure [{units.pressure}]"] if self.a.moves else []),
+            f"delta_beta_{f}_per_atom [kT]",
+            f"delta_beta_{f}_per_atom_std_error [kT]",
+            f"delta_{f}_per_atom [{units.energy}]",
+            f"delta_{f}_per_atom_std_error [{units.energy}]",
             "stable",
         )
         rows = [
@@ -204,8 +246,9 @@ class PhaseComparison:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         heads = (
             f"T [{units.temperature}]",
-            "a: beta F / N",
-            "b: beta F / N",
+            *([f"p [{units.pressure}]"] if a.moves else []),
+            f"a: beta {self._symbol.upper()} / N",
+            f"b: beta {self._symbol.upper()} / N",
             "b - a [kT]",
             f"b - a [{units.energy}]",
             "stable",
@@ -216,6 +259,7 @@ class PhaseComparison:
             d, e = float(self.difference[k]), float(self.std_error[k])
             table.add_row(
                 f"{p.temperature:g}",
+                *([f"{p.pressure:g}"] if a.moves else []),
                 format_with_error(p.beta_f / a.n_atoms, p.beta_f_std_error / a.n_atoms),
                 format_with_error(q.beta_f / b.n_atoms, q.beta_f_std_error / b.n_atoms),
                 format_with_error(d, e),
@@ -226,33 +270,36 @@ class PhaseComparison:
         for name, phase in (("a", a), ("b", b)):
             for s in phase.states:
                 for reason in s.reasons:
-                    console.print(Text(f"  {name}, {s.temperature:g} {units.temperature}: {reason}", style="yellow"))
+                    at = f"{s.temperature:g} {units.temperature}"
+                    at += f", {s.pressure:g} {units.pressure}" if a.moves else ""
+                    console.print(Text(f"  {name}, {at}: {reason}", style="yellow"))
         for warning in self.warnings:
             console.print(Text(f"  {warning}", style="yellow"))
         console.print()
         console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
 
     def write_plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the difference over temperature with its error and the crossing: .png, .pdf or .svg."""
+        """Draw the difference over temperature or pressure with its error and crossings: .png, .pdf or .svg."""
         write_figure(path, self._figure())
 
     def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        unit, t = self.a.system.units.temperature, self.temperatures
+        label, x, lines = lines_of(self.a)
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")
         axes = figure.subplots()
         axes.axhline(0.0, color="#777777", linewidth=1)
-        axes.errorbar(
-            t, self.difference, self.std_error, marker="o", markersize=4, linewidth=1, capsize=3, color="#0072B2"
-        )
-        if self.crossing is not None:
-            at, error = self.crossing.temperature, self.crossing.std_error
+        for name, at in lines:
+            d, e = self.difference[at], self.std_error[at]
+            axes.errorbar(x[at], d, e, marker="o", markersize=4, linewidth=1, capsize=3, label=name)
+        for crossing in self.crossings:
+            at, error = crossing.value, crossing.std_error
             axes.axvspan(at - error, at + error, color="#D55E00", alpha=0.3, linewidth=0)
-            axes.axvline(at, color="#D55E00", label=f"crossing at {format_with_error(at, error)} {unit}")
-            axes.legend(frameon=False)
-        axes.set_xlabel(f"temperature [{unit}]")
-        axes.set_ylabel("βΔF / N [kT per atom]")
+            axes.axvline(at, color="#D55E00", label=f"crossing at {self._told(crossing, len(lines) > 1)}")
+        if self.crossings or len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"βΔ{self._symbol.upper()} / N [kT per atom]")
         axes.set_title(f"{self.b.system.name} less {self.a.system.name}; bars are one standard error", fontsize=10)
         axes.grid(alpha=0.3)
         return figure
@@ -271,18 +318,18 @@ def _zero(t: np.ndarray, difference: np.ndarray) -> float | None:
 
 
 def compare_phases(
-    a: System | TemperatureSeries | str | Path | dict[str, Any],
-    b: System | TemperatureSeries | str | Path | dict[str, Any],
-    temperatures: tuple[float, ...] | None = None,
+    a: System | StateSeries | str | Path | dict[str, Any],
+    b: System | StateSeries | str | Path | dict[str, Any],
+    temperatures: Sequence[float] | None = None,
     progress: Report | None = None,
     **changes: Any,
 ) -> PhaseComparison:
-    """Free energies of two crystals of one substance at the same temperatures, and which is stable where.
+    """Free energies of two crystals of one substance in the same states, and which is stable where.
 
     Args:
         a: The first phase; a system, a series, or what `freeflow.load` makes one from.
         b: The second phase.
-        temperatures: Where to compare; by default where the files say, which must then be the same.
+        temperatures: Where to compare; by default where the files say, which must then be the same, as pressures must.
         progress: Called now and then with what is going on.
         **changes: Values of both plans to replace, such as `target_error=1e-4` [kT per atom].
 
@@ -293,7 +340,7 @@ def compare_phases(
     report = progress or (lambda _: None)
     phases = [as_series(phase) for phase in (a, b)]
     if temperatures is not None:
-        phases = [series_of(phase.system, temperatures) for phase in phases]
+        phases = [series_of(phase.system, temperatures, phase.pressures) for phase in phases]
     _require_comparable(*phases)
     results = []
     for k, phase in enumerate(phases):
@@ -308,15 +355,17 @@ def compare_phases(
     return PhaseComparison(a=results[0], b=results[1], warnings=_remarks(*results))
 
 
-def _require_comparable(a: TemperatureSeries, b: TemperatureSeries) -> None:
+def _require_comparable(a: StateSeries, b: StateSeries) -> None:
     s, t = a.system, b.system
     for what, of_a, of_b in (
         ("units", s.units, t.units),
         ("thermal_wavelength", s.thermal_wavelength, t.thermal_wavelength),
+        ("cell_motion", s.cell_motion, t.cell_motion),
         ("temperature", a.temperatures, b.temperatures),
+        ("pressure", a.pressures, b.pressures),
     ):
         if of_a != of_b:
-            hint = "; give both with --temperature" if what == "temperature" else ""
+            hint = f"; give both with --{what}" if what in ("temperature", "pressure") else ""
             raise InputError(f"{what}: {a.name} and {b.name} differ: {_show(of_a)} and {_show(of_b)}{hint}")
     if s.config.get("potential") != t.config.get("potential"):
         raise InputError(f"potential: {a.name} and {b.name} have different ones; phases of one substance share it")
@@ -325,6 +374,8 @@ def _require_comparable(a: TemperatureSeries, b: TemperatureSeries) -> None:
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(f"{v:g}" for v in value[:4]) + (", ..." if len(value) > 4 else "")
+    if value is None or isinstance(value, str):
+        return value or "a fixed cell"
     return getattr(value, "name", None) or f"{value:g}"
 
 
@@ -333,7 +384,7 @@ def _remarks(a: SeriesResult, b: SeriesResult) -> tuple[str, ...]:
     if a.n_atoms != b.n_atoms:
         remarks.append(f"{a.n_atoms} and {b.n_atoms} atoms: free energies per atom depend on size; compare equal sizes")
     density = [p.n_atoms / p.system.crystal.volume for p in (a, b)]
-    if abs(density[0] / density[1] - 1) > 1e-6:
+    if not a.moves and abs(density[0] / density[1] - 1) > 1e-6:
         remarks.append(
             f"number densities {density[0]:.6g} and {density[1]:.6g} differ: at one pressure the phase of lower "
             "Gibbs free energy is stable, not that of lower F"

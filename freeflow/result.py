@@ -226,15 +226,11 @@ class Result:
         vectors = cell and {"value": cell.vectors.mean, "std_error": cell.vectors.std_error}
         return {
             **{name.replace("beta_f", "beta_g", 1): getattr(self, name) for name in names},
-            "pressure": {"value": self._pressure, "unit": units.pressure},
+            "pressure": {"value": self.system.pressure, "unit": units.pressure},
             "cell_motion": self.system.cell_motion,
             "volume": volume and {**volume, "unit": f"{units.length}^3"},
             "cell": vectors and {**vectors, "unit": units.length},
         }
-
-    @property
-    def _pressure(self) -> float:
-        return float(self.system.state.pressure) / self.system.units.pressure_unit
 
     def json_text(self) -> str:
         """The JSON document, ending in a line feed."""
@@ -335,7 +331,7 @@ class Result:
         units, (volume, spread, vectors) = self.system.units, self.cell
         mean, error = float(volume.mean), float(volume.std_error)
         rows = [
-            ("pressure", f"{self._pressure:.10g} {units.pressure}", f"{self.system.cell_motion} cell"),
+            ("pressure", f"{self.system.pressure:.10g} {units.pressure}", f"{self.system.cell_motion} cell"),
             (
                 "volume",
                 format_with_error(mean, error),
@@ -581,7 +577,7 @@ def in_words(system: System) -> str:
     potential = getattr(system.potential, "name", "")
     at = f"{system.temperature:g} {system.units.temperature}"
     if system.cell_motion is not None:
-        at += f", {float(system.state.pressure) / system.units.pressure_unit:g} {system.units.pressure}"
+        at += f", {system.pressure:g} {system.units.pressure}"
     return ", ".join(part for part in (crystal, f"{system.n_atoms} atoms", potential, at) if part)
 
 

@@ -1,4 +1,4 @@
-"""What a series of temperatures comes to: numbers with error bars, table, CSV, plot and verdict.
+"""What a series of states comes to: numbers with error bars, table, CSV, plot and verdict.
 
 Importing this module does not start JAX.
 """
@@ -29,10 +29,11 @@ _COLOURS = {"converged": "green", "target_not_reached": "yellow", "interrupted":
 
 
 class Functions(NamedTuple):
-    """Thermodynamic functions of a crystal at one temperature; scalars, or one row for every resample.
+    """Thermodynamic functions of a crystal in one state; scalars, or one row for every resample.
 
-    With a fixed thermal wavelength all of them are configurational: the motion adds 3N/2 kT to the energy and 3N/2 k
-    to the heat capacity.
+    In a fixed cell F, U and C_V; where the cell moves G, H = U + pV, C_p and V, under the same names. With a fixed
+    thermal wavelength all of them are configurational: the motion adds 3N/2 kT to the energy and 3N/2 k to the heat
+    capacity.
     """
 
     beta_f: Any  # [kT]
@@ -40,24 +41,35 @@ class Functions(NamedTuple):
     plain_energy: Any  # average of U over the samples [energy]
     entropy: Any  # beta U - beta F [k]
     heat_capacity: Any  # -beta^2 d^2(beta F) / d beta^2 [k]
+    volume: Any  # dG / dp; NaN in a fixed cell [length**3]
+    plain_volume: Any  # average of V over the samples [length**3]
+
+
+N_FUNCTIONS = len(Functions._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateResult:
-    """One temperature; of the whole crystal. NaN: not estimable."""
+    """One state; of the whole crystal. NaN: not estimable."""
 
     temperature: float
+    pressure: float | None = None  # in the unit style's unit; None in a fixed cell
     kt: float  # [energy]
-    beta_f: float  # [kT]
+    beta_f: float  # beta G where the cell moves [kT]
     beta_f_std_error: float
-    energy: float  # from the derivative of beta F [energy]
+    energy: float  # from the derivative of beta F, or H from that of beta G [energy]
     energy_std_error: float
-    plain_energy: float  # the average of U [energy]
+    plain_energy: float  # the average of U, or U + pV [energy]
     plain_energy_std_error: float
     entropy: float  # [k]
     entropy_std_error: float
-    heat_capacity: float  # at constant volume [k]
+    heat_capacity: float  # at constant volume, or pressure [k]
     heat_capacity_std_error: float
+    volume: float = math.nan  # dG / dp [length**3]
+    volume_std_error: float = math.nan
+    plain_volume: float = math.nan  # the average of V [length**3]
+    plain_volume_std_error: float = math.nan
+    volume_z: float = math.nan  # derivative against average, in standard errors
     helmholtz_z: float  # Gibbs-Helmholtz: derivative against average, in standard errors
     anchors_z: float  # largest difference of two anchors, in standard errors; NaN for one
     n_anchors: int
@@ -67,12 +79,12 @@ class StateResult:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SeriesResult:
-    """Thermodynamic functions of a crystal along a series of temperatures."""
+    """Thermodynamic functions of a crystal along a series of states."""
 
     system: System
     plan: Plan
-    states: tuple[StateResult, ...]  # by ascending temperature
-    anchors: tuple[float, ...]  # temperatures that were crossed to, in this order
+    states: tuple[StateResult, ...]  # by ascending pressure, then temperature
+    anchors: tuple[tuple[float, float | None], ...]  # temperature and pressure of states crossed to, in this order
     replicas: np.ndarray  # (n_states, n_resamples) beta F of resamples, which knows their correlations [kT]
     energy_evaluations: Mapping[str, int]
     wall_seconds: Mapping[str, float]
@@ -87,11 +99,22 @@ class SeriesResult:
 
     @property
     def temperatures(self) -> np.ndarray:
+        """Of every state."""
         return np.array([state.temperature for state in self.states])
 
     @property
+    def pressures(self) -> np.ndarray:
+        """Of every state, in the unit style's unit; NaN in a fixed cell."""
+        return np.array([math.nan if state.pressure is None else state.pressure for state in self.states])
+
+    @property
+    def moves(self) -> bool:
+        """Whether these are Gibbs free energies of a cell that moves."""
+        return self.system.cell_motion is not None
+
+    @property
     def status(self) -> Status:
-        """The worst of all temperatures."""
+        """The worst of all states."""
         if self.interrupted:
             return "interrupted"
         found = {state.status for state in self.states}
@@ -104,44 +127,70 @@ class SeriesResult:
 
     @property
     def summary(self) -> str:
-        """One line: how many temperatures, and the verdict."""
-        return f"{len(self.states)} temperatures {self.status.replace('_', ' ')}"
+        """One line: how many states, and the verdict."""
+        return f"{self._many(len(self.states))} {self.status.replace('_', ' ')}"
+
+    def _many(self, n: int) -> str:
+        return f"{n} {'temperatures' if len(set(self.temperatures)) == len(self.states) else 'states'}"
 
     @property
     def verdict(self) -> str:
         """The outcome in one plain sentence."""
-        target, n = f"{self.plan.target_error:.1e}", len(self.states)
+        target, many = f"{self.plan.target_error:.1e}", self._many(len(self.states))
         worst = max((s.beta_f_std_error / self.n_atoms for s in self.states), default=math.nan)
         done = sum(state.status == "converged" for state in self.states)
         if self.status == "converged":
-            return f"Converged at {n} temperatures: standard errors up to {worst:.1e} kT per atom; target {target}."
+            return f"Converged at {many}: standard errors up to {worst:.1e} kT per atom; target {target}."
         if self.status == "interrupted":
-            return f"Interrupted: {done} of {n} temperatures have an error of {target} kT per atom or less."
+            return f"Interrupted: {done} of {many} have an error of {target} kT per atom or less."
         if self.status == "unreliable":
             bad = next(state for state in self.states if state.status == "unreliable")
-            return f"Not reliable: at {self._degrees(bad.temperature)}: {bad.reasons[0]}"
-        return f"Target not reached: {done} of {n} temperatures have an error of {target} kT per atom or less."
+            return f"Not reliable: at {self._degrees(bad.temperature, bad.pressure)}: {bad.reasons[0]}"
+        return f"Target not reached: {done} of {many} have an error of {target} kT per atom or less."
 
-    def _degrees(self, temperature: float) -> str:
-        return f"{temperature:g} {self.system.units.temperature}"
+    def _degrees(self, temperature: float, pressure: float | None) -> str:
+        units = self.system.units
+        at = f"{temperature:g} {units.temperature}"
+        return at if pressure is None else f"{at}, {pressure:g} {units.pressure}"
 
     # ----------------------------------------------------------------------- numbers for machines
 
+    @property
+    def _names(self) -> dict[str, str]:
+        """Fields of a state and what machines know them by."""
+        if not self.moves:
+            same = ("energy", "plain_energy", "entropy", "heat_capacity")
+            return {"beta_f": "beta_f", "f": "f"} | {name: name for name in same}
+        names = {"beta_f": "beta_g", "f": "g", "energy": "enthalpy", "plain_energy": "plain_enthalpy"}
+        return names | {name: name for name in ("entropy", "heat_capacity", "volume", "plain_volume")}
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """The states, per atom and in plain values."""
-        n, names = self.n_atoms, ("energy", "plain_energy", "entropy", "heat_capacity")
         for s in self.states:
-            values = {"temperature": s.temperature}
-            values |= {"beta_f_per_atom": s.beta_f / n, "beta_f_per_atom_std_error": s.beta_f_std_error / n}
-            values |= {"f_per_atom": s.beta_f * s.kt / n, "f_per_atom_std_error": s.beta_f_std_error * s.kt / n}
-            for name in names:
-                values[f"{name}_per_atom"] = getattr(s, name) / n
-                values[f"{name}_per_atom_std_error"] = getattr(s, f"{name}_std_error") / n
-            yield values | {"helmholtz_z": s.helmholtz_z, "n_anchors": s.n_anchors, "status": s.status}
+            values: dict[str, Any] = {"temperature": s.temperature}
+            if self.moves:
+                values["pressure"] = s.pressure
+            for field_name, name in self._names.items():
+                factor, source = (s.kt, "beta_f") if field_name == "f" else (1.0, field_name)
+                for end in ("", "_std_error"):
+                    values[f"{name}_per_atom{end}"] = getattr(s, source + end) * factor / self.n_atoms
+            values["helmholtz_z"] = s.helmholtz_z
+            if self.moves:
+                values["volume_z"] = s.volume_z
+            yield values | {"n_anchors": s.n_anchors, "status": s.status}
+
+    @property
+    def _units(self) -> dict[str, str]:
+        """Units of the columns, by their names."""
+        units, names = self.system.units, self._names
+        unit = {"temperature": units.temperature, names["f"]: units.energy, names["energy"]: units.energy}
+        unit |= {"entropy": "k_B", "heat_capacity": "k_B"}
+        if self.moves:
+            unit |= {"pressure": units.pressure, "volume": f"{units.length}^3"}
+        return unit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by the names of the JSON contract, version 1; None where nothing applies."""
-        units = self.system.units
         reasons = [list(state.reasons) for state in self.states]
         return plain(
             {
@@ -150,14 +199,8 @@ class SeriesResult:
                 "n_atoms": self.n_atoms,
                 "quantity": self.quantity,
                 "series": [{**row, "reasons": why} for row, why in zip(self.rows(), reasons, strict=True)],
-                "units": {
-                    "temperature": units.temperature,
-                    "f": units.energy,
-                    "energy": units.energy,
-                    "entropy": "k_B",
-                    "heat_capacity": "k_B",
-                },
-                "anchors": self.anchors,
+                "units": self._units,
+                "anchors": [t for t, _ in self.anchors] if not self.moves else self.anchors,
                 "target_error": self.plan.target_error,
                 "energy_evaluations": sum(self.energy_evaluations.values()),
                 "energy_evaluations_by_phase": self.energy_evaluations,
@@ -178,12 +221,10 @@ class SeriesResult:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the states as a table, one line each; the heads say the units."""
-        units = self.system.units
-        unit = {"temperature": units.temperature, "f": units.energy, "energy": units.energy, "beta_f": "kT"}
-        unit |= {"plain_energy": units.energy, "entropy": "k_B", "heat_capacity": "k_B"}
+        unit = self._units | {self._names["beta_f"]: "kT"}
 
         def head(name: str) -> str:
-            found = unit.get(name.removesuffix("_std_error").removesuffix("_per_atom"))
+            found = unit.get(name.removesuffix("_std_error").removesuffix("_per_atom").removeprefix("plain_"))
             return name if found is None else f"{name} [{found}]"
 
         rows = list(self.rows())
@@ -195,51 +236,46 @@ class SeriesResult:
 
     def __str__(self) -> str:
         sheet = io.StringIO()
-        self.render(Console(file=sheet, width=130, color_system=None, force_terminal=False))
+        self.render(Console(file=sheet, width=150, color_system=None, force_terminal=False))
         return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
 
     def render(self, console: Console) -> None:
         """Print the table with error bars and verdict."""
-        n, units = self.n_atoms, self.system.units
+        units, symbols = self.system.units, ("G", "H", "p") if self.moves else ("F", "U", "V")
         console.print(Text(self.system.name, style="bold"))
-        console.print(Text(in_words(self.system).rpartition(",")[0] or in_words(self.system)))
+        console.print(Text(in_words(self.system).partition(f", {self.system.temperature:g} ")[0]))
         console.print()
-        heads = (
-            f"T [{units.temperature}]",
-            "beta F / N [kT]",
-            f"F / N [{units.energy}]",
-            f"U / N [{units.energy}]",
-            "S / N [k_B]",
-            "C_V / N [k_B]",
-            "Gibbs-Helmholtz",
+        heads = [
+            f"T\n[{units.temperature}]",
+            *([f"p\n[{units.pressure}]"] if self.moves else []),
+            f"beta {symbols[0]} / N\n[kT]",
+            f"{symbols[0]} / N\n[{units.energy}]",
+            f"{symbols[1]} / N\n[{units.energy}]",
+            "S / N\n[k_B]",
+            f"C_{symbols[2]} / N\n[k_B]",
+            *([f"V / N\n[{units.length}^3]"] if self.moves else []),
+            "Gibbs-\nHelmholtz",
+            *(["dG/dp"] if self.moves else []),
             "",
-        )
+        ]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for k, head in enumerate(heads):
             table.add_column(Text(head), justify="left" if k == len(heads) - 1 else "right", overflow="fold")
         for s in self.states:
-            word = s.status.replace("_", " ")
-            table.add_row(
-                f"{s.temperature:g}",
-                format_with_error(s.beta_f / n, s.beta_f_std_error / n),
-                format_with_error(s.beta_f * s.kt / n, s.beta_f_std_error * s.kt / n),
-                format_with_error(s.energy / n, s.energy_std_error / n),
-                format_with_error(s.entropy / n, s.entropy_std_error / n),
-                format_with_error(s.heat_capacity / n, s.heat_capacity_std_error / n),
-                "-" if math.isnan(s.helmholtz_z) else f"z = {s.helmholtz_z:+.1f}",
-                Text(word, style=_COLOURS.get(s.status, "bold red")),
-            )
+            table.add_row(*self._cells(s), Text(s.status.replace("_", " "), style=_COLOURS.get(s.status, "bold red")))
         console.print(table)
         console.print()
         evaluations, seconds = sum(self.energy_evaluations.values()), self.wall_seconds.get("total", math.nan)
-        anchors = ", ".join(f"{t:g}" for t in self.anchors)
+        anchors = "; ".join(self._degrees(*state) for state in self.anchors)
+        held, f, u = ("pressure", "G", "U + pV") if self.moves else ("volume", "F", "U")
         for text in (
-            "U, S and C_V are configurational, at fixed Lambda and volume.",
-            "Gibbs-Helmholtz: d(beta F)/d(beta) against the average of U, in standard errors.",
-            f"Anchors at {anchors} {units.temperature}; {evaluations:.2g} energy evaluations, {seconds:.1f} s.",
+            f"{symbols[1]}, S and C_{symbols[2]} are configurational, at fixed Lambda and {held}.",
+            f"Gibbs-Helmholtz: d(beta {f})/d(beta) against the average of {u}, in standard errors.",
+            *(["dG/dp: the derivative, which is V here, against the average of V."] if self.moves else []),
+            f"Anchors at {anchors}; {evaluations:.2g} energy evaluations, {seconds:.1f} s.",
         ):
             console.print(Text(text))
-        reasons = [f"{self._degrees(s.temperature)}: {reason}" for s in self.states for reason in s.reasons]
+        reasons = [f"{self._degrees(s.temperature, s.pressure)}: {reason}" for s in self.states for reason in s.reasons]
         for title, lines in (("Why not reliable", reasons), ("Warnings", self.warnings)):
             if lines:
                 console.print()
@@ -249,37 +285,87 @@ class SeriesResult:
         console.print()
         console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
 
+    def _cells(self, s: StateResult) -> Iterator[str]:
+        """A state's row of the table."""
+
+        def told(value: float, error: float) -> str:
+            return format_with_error(value / self.n_atoms, error / self.n_atoms)
+
+        yield f"{s.temperature:g}"
+        if s.pressure is not None:
+            yield f"{s.pressure:g}"
+        yield told(s.beta_f, s.beta_f_std_error)
+        yield told(s.beta_f * s.kt, s.beta_f_std_error * s.kt)
+        yield told(s.energy, s.energy_std_error)
+        yield told(s.entropy, s.entropy_std_error)
+        yield told(s.heat_capacity, s.heat_capacity_std_error)
+        if self.moves:
+            yield told(s.volume, s.volume_std_error)
+        for z in (s.helmholtz_z, *([s.volume_z] if self.moves else [])):
+            yield "-" if math.isnan(z) else f"z = {z:+.1f}"
+
     def write_plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw free energy, energy, entropy and heat capacity over temperature: .png, .pdf or .svg."""
+        """Draw the thermodynamic functions over temperature, or over pressure if there are more: .png, .pdf or .svg."""
         write_figure(path, self._figure())
 
     def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        n, units, t = self.n_atoms, self.system.units, self.temperatures
+        n, units = self.n_atoms, self.system.units
         kt = np.array([s.kt for s in self.states])
 
-        def column(name: str) -> np.ndarray:
-            return np.array([getattr(s, name) for s in self.states]) / n
+        def column(name: str, factor: Any = 1.0) -> tuple[np.ndarray, np.ndarray]:
+            value, error = (np.array([getattr(s, name + end) for s in self.states]) for end in ("", "_std_error"))
+            return value * factor / n, error * factor / n
 
-        panels = (
-            (f"F / N [{units.energy}]", column("beta_f") * kt, column("beta_f_std_error") * kt),
-            (f"U / N [{units.energy}]", column("energy"), column("energy_std_error")),
-            ("S / N [k$_B$]", column("entropy"), column("entropy_std_error")),
-            ("C$_V$ / N [k$_B$]", column("heat_capacity"), column("heat_capacity_std_error")),
-        )
-        figure = Figure(figsize=(8.0, 6.0), layout="constrained")
-        for axes, (label, values, errors) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
-            axes.errorbar(t, values, errors, marker="o", markersize=3, linewidth=1, capsize=2, color="#0072B2")
-            axes.set_ylabel(label)
+        symbols = ("G", "H", "p") if self.moves else ("F", "U", "V")
+        panels = [
+            (f"{symbols[0]} / N [{units.energy}]", *column("beta_f", kt)),
+            (f"{symbols[1]} / N [{units.energy}]", *column("energy")),
+            ("S / N [k$_B$]", *column("entropy")),
+            (f"C$_{symbols[2]}$ / N [k$_B$]", *column("heat_capacity")),
+        ]
+        if self.moves:
+            panels.append((f"V / N [{units.length}$^3$]", *column("volume")))
+        columns = 2 if len(panels) == 4 else 3
+        figure = Figure(figsize=(4.0 * columns, 6.0), layout="constrained")
+        label, x, lines = lines_of(self)
+        every = list(figure.subplots(2, columns, sharex=True).flat)
+        for axes, (title, values, errors) in zip(every, panels, strict=False):
+            for name, at in lines:
+                axes.errorbar(
+                    x[at], values[at], errors[at], marker="o", markersize=3, linewidth=1, capsize=2, label=name
+                )
+            axes.set_ylabel(title)
             axes.ticklabel_format(useOffset=False)
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(label)
             axes.grid(alpha=0.3)
-        for axes in figure.axes[2:]:
-            axes.set_xlabel(f"temperature [{units.temperature}]")
+        for axes in every[len(panels) :]:
+            axes.remove()
+        if len(lines) > 1:
+            figure.axes[0].legend(frameon=False, fontsize=7)
+        held = "pressure" if self.moves else "volume"
         figure.suptitle(
-            f"{self.system.name}: configurational functions at constant volume; bars are one standard error", fontsize=9
+            f"{self.system.name}: configurational functions at constant {held}; bars are one standard error", fontsize=9
         )
         return figure
+
+
+def lines_of(series: SeriesResult) -> tuple[str, np.ndarray, list[tuple[str, np.ndarray]]]:
+    """The states as lines to draw or to look for crossings along.
+
+    Returns:
+        What runs along a line, with its unit; its value in every state; of every line its name and its states.
+    """
+    t, p, units = series.temperatures, series.pressures, series.system.units
+    along_p = series.moves and len(set(p)) > 1
+    kinds = (t, "T", units.temperature) if along_p else (p, "p", units.pressure)
+    x, label = (p, f"pressure [{units.pressure}]") if along_p else (t, f"temperature [{units.temperature}]")
+    if not series.moves:
+        return label, x, [("", np.arange(len(t)))]
+    held, symbol, unit = kinds
+    return label, x, [(f"{symbol} = {value:g} {unit}", np.flatnonzero(held == value)) for value in sorted(set(held))]
 
 
 def write_figure(path: str | os.PathLike[str], figure: Figure) -> None:

@@ -308,6 +308,11 @@ class System:
         return self.units.boltzmann * self.temperature
 
     @property
+    def pressure(self) -> float:
+        """In the unit style's own unit; 0 for a fixed cell."""
+        return float(self.state.pressure) / self.units.pressure_unit
+
+    @property
     def quantity(self) -> str:
         """What is estimated, by its name in results."""
         return "helmholtz_free_energy" if self.cell_motion is None else "gibbs_free_energy"
@@ -327,17 +332,30 @@ class System:
 
 
 @dataclass(frozen=True)
-class TemperatureSeries:
-    """One crystal at several temperatures."""
+class StateSeries:
+    """One crystal at several temperatures, or pressures, or both: a grid of states, temperatures run fastest."""
 
-    system: System  # at the first of them
+    system: System  # in the first of them
     temperatures: tuple[float, ...]  # ascending, in the unit style's own unit
+    pressures: tuple[float, ...] = ()  # the same; empty for a fixed cell
 
     @property
     def name(self) -> str:
         return self.system.name
 
     @property
+    def n_states(self) -> int:
+        return len(self.temperatures) * max(len(self.pressures), 1)
+
+    @property
+    def states(self) -> list[tuple[float, float | None]]:
+        """Temperature and pressure of every state; no pressure in a fixed cell."""
+        return [(t, p) for p in self.pressures or (None,) for t in self.temperatures]
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """Everything resolved, for provenance."""
-        return {**self.system.config, "temperature": list(self.temperatures)}
+        several = {"temperature": list(self.temperatures)}
+        if self.pressures:
+            several["pressure"] = list(self.pressures)
+        return {**self.system.config, **several}

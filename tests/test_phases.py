@@ -47,7 +47,7 @@ def made_up(values, errors, seed, status="converged", shared=True):
         system=system,
         plan=system.plan,
         states=states,
-        anchors=(150.0,),
+        anchors=((150.0, None),),
         replicas=np.array(values)[:, None] * N + noise,
         energy_evaluations={"sampling": 10},
         wall_seconds={"total": 1.0},
@@ -62,14 +62,14 @@ def test_difference_and_error():
     found = PhaseComparison(a=made_up(line(0, 0.01), [3e-3] * 4, 0), b=made_up(line(0, 0.02), [4e-3] * 4, 1))
     np.testing.assert_allclose(found.difference, 0.01 * T, atol=1e-12)
     np.testing.assert_allclose(found.std_error, 5e-3)
-    assert found.crossing is None
+    assert found.crossings == ()
     assert found.stable(0) == "mw_cubic_8" and "at every temperature" in found.verdict
 
 
 def test_crossing_with_its_error():
     """Delta = 1e-3 (T - 180): the error of T is that of Delta over the slope, 3e-3 / 1e-3 = 3 K."""
     found = PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(180.0, 1e-3), [3e-3] * 4, 1))
-    crossing = found.crossing
+    (crossing,) = found.crossings
     assert crossing.temperature == pytest.approx(180.0)
     assert crossing.std_error == pytest.approx(3.0, rel=0.1)
     assert crossing.below == found.b.system.name
@@ -79,9 +79,9 @@ def test_crossing_with_its_error():
 def test_errors_of_neighbours_matter():
     """If the two ends of the segment move one by one, the crossing is known better than if they move together."""
     one, other = (
-        PhaseComparison(
-            a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(175.0, 1e-3), [3e-3] * 4, 1, shared=shared)
-        ).crossing.std_error
+        PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(175.0, 1e-3), [3e-3] * 4, 1, shared=shared))
+        .crossings[0]
+        .std_error
         for shared in (True, False)
     )
     assert other == pytest.approx(one / np.sqrt(2), rel=0.15)
@@ -89,7 +89,7 @@ def test_errors_of_neighbours_matter():
 
 def test_noise_is_no_crossing():
     found = PhaseComparison(a=made_up(0 * T, [1e-9] * 4, 0), b=made_up(line(180.0, 1e-5), [3e-3] * 4, 1))
-    assert found.crossing is None and "Not resolved" in found.verdict
+    assert found.crossings == () and "Not resolved" in found.verdict
     assert found.stable(1) is None
 
 

@@ -2,18 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import freeflow as ff
-from freeflow import cli, references, series
+from freeflow import carrying, cli, pipeline, references, series
 from freeflow.config import crystal_only, load
 from freeflow.crystals import at_temperature
 from freeflow.errors import InputError
 from freeflow.geometry import neighbour_table
+from freeflow.observers import observed_crystal
 from freeflow.potentials import force_constants
-from freeflow.types import TemperatureSeries, double_precision
+from freeflow.preparation import Clock
+from freeflow.types import StateSeries, double_precision
 
 TEMPERATURES = (150.0, 175.0, 200.0, 225.0)
 TARGET = 4e-3
@@ -22,7 +25,7 @@ TARGET = 4e-3
 @pytest.fixture(scope="module")
 def ice():
     """Eight molecules of cubic ice, whose published value at 200 K is -25.8652(3)."""
-    return TemperatureSeries(at_temperature(load("mw_cubic_8"), TEMPERATURES[0]), TEMPERATURES)
+    return StateSeries(at_temperature(load("mw_cubic_8"), TEMPERATURES[0]), TEMPERATURES)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +70,14 @@ def test_derivative_and_average_of_the_energy_agree(result):
 
 def test_a_lost_log_det_is_caught(ice, monkeypatch):
     """Without 3 (N - 1) ln s the derivative of beta F is 3 (N - 1) / (2 beta) off the mean energy."""
-    mapped = series._mapped
+    carried = carrying.FixedCell.carried
 
-    def faulty(anchor, beta):
-        work, energy = mapped(anchor, beta)
-        return work + 1.5 * 7 * math.log(float(anchor.system.state.beta) / beta), energy
+    def faulty(carrier, temperature, *rest, **how):
+        found = carried(carrier, temperature, *rest, **how)
+        return found._replace(work=found.work + 1.5 * 7 * math.log(temperature / carrier.system.temperature))
 
-    monkeypatch.setattr(series, "_mapped", faulty)
-    two = TemperatureSeries(ice.system, TEMPERATURES[:2])
+    monkeypatch.setattr(carrying.FixedCell, "carried", faulty)
+    two = StateSeries(ice.system, TEMPERATURES[:2])
     found = ff.estimate_series(two, target_error=0.02)
     assert found.status == "unreliable"
     assert any("off the derivative" in reason for state in found.states for reason in state.reasons)
@@ -84,7 +87,7 @@ def test_close_to_zero_every_crystal_is_harmonic():
     """Known answer: beta F of the harmonic crystal at every temperature, 3/2 (N - 1) k of heat capacity."""
     system = load("mw_cubic_64")
     n, cold = system.n_atoms, (0.5, 1.0, 2.0)  # K
-    found = ff.estimate_series(TemperatureSeries(at_temperature(system, cold[0]), cold), target_error=1e-3)
+    found = ff.estimate_series(StateSeries(at_temperature(system, cold[0]), cold), target_error=1e-3)
     table = neighbour_table(system.crystal, 1.0001 * system.potential.cutoff)
     columns = force_constants(system.potential, table, system.crystal.site_of[0])
     recipe = references.gaussian_crystal(system.crystal)
@@ -116,7 +119,7 @@ def test_resamples_know_that_neighbours_share_samples(result):
 def test_files_give_series():
     values = {**load("mw_cubic_8").config, "temperature": [250, 150.0, 200, 200.0]}
     found = load(values)
-    assert isinstance(found, TemperatureSeries)
+    assert isinstance(found, StateSeries)
     assert found.temperatures == (150.0, 200.0, 250.0)
     assert found.system.temperature == 150.0 and float(found.system.state.beta) * found.system.kt == pytest.approx(1)
     assert load({**values, "temperature": "100:200:25"}).temperatures == (100.0, 125.0, 150.0, 175.0, 200.0)
@@ -140,6 +143,104 @@ def test_impossible_series_are_refused(temperature, complaint):
     with pytest.raises(InputError) as error:
         load({**load("mw_cubic_8").config, "temperature": temperature})
     assert complaint in str(error.value).replace("[1]", ".1")
+
+
+# ------------------------------------------------------------------------------ where the cell moves
+
+UNDER_PRESSURE = {
+    "name": "lj_under_pressure",
+    "units": "lj",
+    "temperature": [0.8, 1.0],
+    "pressure": "16:24:4",
+    "potential": {"kind": "lennard_jones", "cutoff": 1.5},
+    "crystal": {"lattice": "fcc", "repeats": [2, 2, 2], "number_density": 1.15},
+    "estimate": {"target_error": 5e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return ff.estimate_series(UNDER_PRESSURE)
+
+
+def test_states_under_pressure_share_an_anchor(grid):
+    assert grid.status == "converged" and grid.quantity == "gibbs_free_energy"
+    states = [(s.temperature, s.pressure) for s in grid.states]
+    assert states == [(t, p) for p in (16.0, 20.0, 24.0) for t in (0.8, 1.0)]
+    assert len(grid.anchors) < len(states)
+    assert all(abs(s.helmholtz_z) < 4 and abs(s.volume_z) < 4 for s in grid.states)
+    assert all(s.volume_std_error < s.plain_volume_std_error for s in grid.states)
+
+
+def test_gibbs_free_energies_agree_with_estimates_of_their_own(grid):
+    corner = grid.states[0]
+    assert (corner.temperature, corner.pressure) not in grid.anchors
+    alone = ff.estimate({**UNDER_PRESSURE, "temperature": 0.8, "pressure": 16.0}, seed=9)
+    assert abs(alone.beta_f - corner.beta_f) < 4.5 * math.hypot(alone.beta_f_std_error, corner.beta_f_std_error)
+    volume = alone.cell.volume
+    assert abs(volume.mean - corner.volume) < 4.5 * math.hypot(volume.std_error, corner.volume_std_error)
+
+
+def test_differences_of_the_table_are_its_derivatives(grid):
+    """G over pressure against V, by Simpson's rule, which is exact to the fourth order in 20 % of the pressure."""
+    g, v = (np.array([getattr(s, name) for s in grid.states[1::2]]) for name in ("beta_f", "volume"))
+    assert (g[2] - g[0]) * grid.states[1].kt == pytest.approx(8 / 6 * (v[0] + 4 * v[1] + v[2]), abs=0.15)  # of 220
+
+
+def test_a_lost_log_det_is_caught_under_pressure(monkeypatch):
+    """Without the determinant of the displacements' map the enthalpy is 3 (N - 1) / 2 kT off its mean."""
+    springs = carrying.MovingCell._springs
+    monkeypatch.setattr(carrying.MovingCell, "_harmonic", lambda self, mean, beta: None)
+    lost = lambda self, beta: springs(self, beta)._replace(log_det=np.float64(0.0))  # noqa: E731
+    monkeypatch.setattr(carrying.MovingCell, "_springs", lost)
+    found = ff.estimate_series({**UNDER_PRESSURE, "pressure": 20.0}, target_error=2e-2)
+    assert found.status == "unreliable"
+    assert any("off the derivative of beta G" in reason for state in found.states for reason in state.reasons)
+
+
+def test_a_map_to_the_state_itself_changes_nothing():
+    system = load({**UNDER_PRESSURE, "temperature": 1.0, "pressure": 20.0, "cell_motion": "triclinic"})
+    plan = replace(system.plan, bridge=None, max_samples=128)
+    result = pipeline.carried_out(system, plan, lambda _: None, Clock(), observe=observed_crystal)
+    moving = carrying.carrier(result)
+    here = moving.carried(1.0, 20.0, near=True)
+    np.testing.assert_allclose(here.work, result.work.forward, atol=1e-6)
+    there = moving.carried(1.0, 21.0)
+    assert np.isfinite(there.work).mean() > 0.9
+    assert there.volume.mean() < here.volume.mean() - 0.1
+
+
+@pytest.mark.parametrize(
+    ("pressure", "complaint"),
+    [
+        ("1:2:0", "pressure: expected START:STOP:STEP"),
+        ("2:1:1", "pressure: '2:1:1' holds no pressures"),
+        ("0:10:5 kbar", "pressure: a number in epsilon/sigma^3 is expected"),
+        ([1.0, "high"], "pressure: expected a number, or one with a unit"),
+        ([], "pressure: expected 1 to 1000 pressures"),
+    ],
+)
+def test_impossible_pressures_are_refused(pressure, complaint):
+    with pytest.raises(InputError) as error:
+        load({**UNDER_PRESSURE, "pressure": pressure})
+    assert complaint in str(error.value)
+
+
+def test_ranges_of_pressure_take_units():
+    found = load({**load("mw_cubic_64").config, "published": None, "pressure": "0:2:1 kbar"})
+    assert found.pressures == pytest.approx((0, 1e8 / 101325, 2e8 / 101325))
+    assert load(dict(found.config)).pressures == found.pressures
+
+
+def test_longest_stretch_of_a_grid():
+    """Of a grid of 3 x 4 the middle of what hangs together, across rows."""
+    nothing = np.zeros(0)
+    done = series.Reach(carrying.Carried(nothing, nothing, nothing), 0.0, 0.5, ())
+    table = [[done] for _ in range(12)]
+    for k in (0, 2, 3, 6, 7, 10, 11):
+        table[k] = []
+    assert series._next_anchor(table, 1.0, dict.fromkeys(range(12), 0), (3, 4)) == 7
+    assert series._stretches([0, 2, 3, 6, 7, 10, 11], (3, 4)) == [[0], [2, 3, 6, 7, 10, 11]]
 
 
 def test_a_series_is_no_single_crystal(ice):
@@ -175,6 +276,9 @@ def test_on_the_command_line(tmp_path, capsys):
         (["estimate", "mw_cubic_8", "--temperature", "100,200", "--estimator", "bar"], "--estimator"),
         (["estimate", "mw_cubic_8", "--csv", "x.csv"], "--csv: mw_cubic_8 is no series"),
         (["estimate", "solvation_wca", "--temperature", "3"], "--temperature: solvation_wca is a solution"),
+        (["estimate", "solvation_wca", "--pressure", "3"], "--pressure: solvation_wca is a solution"),
+        (["estimate", "mw_cubic_64", "--pressure", "1 kbra"], "--pressure: expected a number, or one with a unit"),
+        (["estimate", "mw_cubic_8", "--pressure", "1"], "nearest_image_only works in a fixed cell only"),
         (["sample", "mw_cubic_8", "-n", "2", "-o", "x.xtc", "--temperature", "3"], "no such option --temperature"),
         (["compare-phases", "mw_cubic_64", "lj_fcc_256"], "units: mw_cubic_64 and lj_fcc_256 differ"),
         (["compare-phases", "mw_cubic_64", "silicon_diamond_64"], "units"),

@@ -20,12 +20,12 @@ from freeflow.errors import InputError
 
 if TYPE_CHECKING:
     from freeflow.solutions import Solution
-    from freeflow.types import Crystal, DifferencePlan, Plan, System, TemperatureSeries
+    from freeflow.types import Crystal, DifferencePlan, Plan, StateSeries, System
 
 MAX_FILE_BYTES = 1_000_000
 
 
-def load(source: str | Path | Mapping[str, Any]) -> System | Solution | TemperatureSeries:
+def load(source: str | Path | Mapping[str, Any]) -> System | Solution | StateSeries:
     """Read and check a system, and make the problem it describes.
 
     Args:
@@ -33,7 +33,7 @@ def load(source: str | Path | Mapping[str, Any]) -> System | Solution | Temperat
             content as a mapping.
 
     Returns:
-        A `System` if it describes a crystal, a `TemperatureSeries` if at several temperatures, a `Solution` if it has
+        A `System` if it describes a crystal, a `StateSeries` if in several states, a `Solution` if it has
         a section `solution`.
 
     Raises:
@@ -55,18 +55,19 @@ def load_crystal(source: str | Path | Mapping[str, Any]) -> System:
     return crystal_only(load(source))
 
 
-def crystal_only(problem: System | Solution | TemperatureSeries) -> System:
+def crystal_only(problem: System | Solution | StateSeries) -> System:
     """The problem itself, if it is a crystal at one temperature.
 
     Raises:
         InputError: If it is a solution or a series.
     """
-    from freeflow.types import System, TemperatureSeries
+    from freeflow.types import StateSeries, System
 
-    if isinstance(problem, TemperatureSeries):
-        many = len(problem.temperatures)
+    if isinstance(problem, StateSeries):
+        what = "temperatures" if len(problem.pressures) < 2 else "states"
         raise InputError(
-            f"{problem.name}: {many} temperatures; this works at one only (estimate and compare-phases take series)"
+            f"{problem.name}: {problem.n_states} {what}; this works at one only "
+            "(estimate and compare-phases take series)"
         )
 
     if not isinstance(problem, System):
@@ -74,26 +75,37 @@ def crystal_only(problem: System | Solution | TemperatureSeries) -> System:
     return problem
 
 
-def series_of(system: System, temperatures: Sequence[float]) -> TemperatureSeries:
-    """The crystal at these temperatures, in ascending order."""
-    from freeflow.crystals import at_temperature
-    from freeflow.types import TemperatureSeries
+def series_of(system: System, temperatures: Sequence[float], pressures: Sequence[float] = ()) -> StateSeries:
+    """The crystal at these temperatures and, where its cell moves, pressures, both in ascending order.
 
-    ascending = tuple(sorted(set(temperatures)))
-    return TemperatureSeries(at_temperature(system, ascending[0]), ascending)
+    Args:
+        system: A crystal; where its cell moves, its own pressure counts if none is given.
+        temperatures: In the unit style's unit.
+        pressures: In the unit style's unit.
+    """
+    from freeflow.crystals import at_state
+    from freeflow.types import StateSeries
+
+    own = () if system.cell_motion is None else (system.pressure,)
+    t, p = tuple(sorted(set(temperatures))), tuple(sorted(set(pressures))) or own
+    return StateSeries(at_state(system, t[0], p[0] if p else None), t, p)
 
 
-def _crystals(section: SystemSection, folder: Path) -> System | TemperatureSeries:
-    if not isinstance(section.temperature, tuple):
+def _crystals(section: SystemSection, folder: Path) -> System | StateSeries:
+    many = {key: getattr(section, key) for key in ("temperature", "pressure")}
+    if not any(isinstance(value, tuple) for value in many.values()):
         return _system(section, folder)
-    one = section.model_copy(update={"temperature": min(section.temperature)})
-    return series_of(_system(one, folder), section.temperature)
+    several = {
+        key: value if isinstance(value, tuple) else () if value is None else (value,) for key, value in many.items()
+    }
+    one = section.model_copy(update={key: min(values) for key, values in several.items() if values})
+    return series_of(_system(one, folder), several["temperature"], several["pressure"])
 
 
 def _system(section: SystemSection, folder: Path) -> System:
     from freeflow.crystals import crystal_system
 
-    assert not isinstance(section.temperature, tuple)
+    assert not isinstance(section.temperature, tuple) and not isinstance(section.pressure, tuple)
     crystal, config = _crystal(section, folder), with_absolute_paths(section.resolved(), folder)
     wavelength, config = _wavelength(section, crystal, config)
     return crystal_system(
@@ -107,7 +119,7 @@ def _system(section: SystemSection, folder: Path) -> System:
         plan=section.estimate.plan(folder),
         published=section.published and section.published.record(),
         config=config,
-        pressure=(section.resolved_pressure or 0.0) * section.unit_style.pressure_unit,
+        pressure=(section.pressure or 0.0) * section.unit_style.pressure_unit,
         cell_motion=section.cell_motion,
     )
 

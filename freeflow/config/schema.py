@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -91,18 +92,6 @@ def _stages(value: Any) -> int | str:
     raise _wrong(f"expected auto or a whole number from 1 to 1000000, got {show(value)}")
 
 
-def _pressure(value: Any) -> float | tuple[float, str]:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, tuple):  # read before
-        return value
-    number, _, unit = value.strip().partition(" ") if isinstance(value, str) else ("", "", "")
-    with contextlib.suppress(ValueError):
-        if unit.strip() in PASCALS and math.isfinite(float(number)):
-            return float(number), unit.strip()
-    raise _wrong(f"expected a number, or one with a unit ({', '.join(PASCALS)}) like 1 kbar, got {show(value)}")
-
-
 def _line_of_text(value: str) -> str:
     if not value.strip() or not value.isprintable():
         raise _wrong(f"expected one line of printable text, got {show(value)}")
@@ -110,22 +99,63 @@ def _line_of_text(value: str) -> str:
 
 
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
-MAX_TEMPERATURES = 1000
+MAX_STATES = 1000  # of a series
+
+
+def _range(text: str) -> tuple[float, ...] | None:
+    """The numbers of START:STOP:STEP, STOP included; None if it holds none, or more than `MAX_STATES`."""
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+        steps = (stop - start) / step
+    except (ValueError, ZeroDivisionError):
+        raise _wrong(f"expected START:STOP:STEP in numbers, such as 100:300:25, got {show(text)}") from None
+    if not 0 <= steps < MAX_STATES:
+        return None
+    return tuple(start + k * step for k in range(int(steps + 1e-9) + 1))
 
 
 def temperature_range(value: Any) -> Any:
     """START:STOP:STEP as a list of numbers, STOP included; anything else as it is."""
-    found = _RANGE.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
+    if not isinstance(value, str) or _RANGE.fullmatch(value) is None:
         return tuple(value) if isinstance(value, list) else value
-    try:
-        start, stop, step = (float(part) for part in found.groups())
-        steps = (stop - start) / step
-    except (ValueError, ZeroDivisionError):
-        raise _wrong(f"expected START:STOP:STEP in numbers, such as 100:300:25, got {show(value)}") from None
-    if not (0 <= steps < MAX_TEMPERATURES and start > 0 and stop > 0):
-        raise _wrong(f"{show(value)} holds no temperatures above 0, or more than {MAX_TEMPERATURES}")
-    return tuple(start + k * step for k in range(int(steps + 1e-9) + 1))
+    numbers = _range(value)
+    if numbers is None or min(numbers) <= 0:
+        raise _wrong(f"{show(value)} holds no temperatures above 0, or more than {MAX_STATES}")
+    return numbers
+
+
+class _Pressure(NamedTuple):
+    """A pressure as it was written: without a unit it is in that of the style."""
+
+    value: float
+    unit: str | None = None
+
+
+def _pressures(value: Any) -> Any:
+    """One `_Pressure` or several; a range may end in a unit."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        if not 0 < len(value) <= MAX_STATES:
+            raise _wrong(f"expected 1 to {MAX_STATES} pressures, got {len(value)}")
+        return tuple(_one_pressure(one) for one in value)
+    text, _, unit = value.strip().partition(" ") if isinstance(value, str) else ("", "", "")
+    if _RANGE.fullmatch(text) is None:
+        return _one_pressure(value)
+    numbers = _range(text)
+    if numbers is None:
+        raise _wrong(f"{show(value)} holds no pressures, or more than {MAX_STATES}")
+    return tuple(_one_pressure(f"{number!r} {unit}" if unit else number) for number in numbers)
+
+
+def _one_pressure(value: Any) -> _Pressure:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return _Pressure(float(value))
+    number, _, unit = value.strip().partition(" ") if isinstance(value, str) else ("", "", "")
+    with contextlib.suppress(ValueError):
+        if unit.strip() in PASCALS and math.isfinite(float(number)):
+            return _Pressure(float(number), unit.strip())
+    raise _wrong(f"expected a number, or one with a unit ({', '.join(PASCALS)}) like 1 kbar, got {show(value)}")
 
 
 def _one_or_many(value: Any) -> str:
@@ -134,7 +164,7 @@ def _one_or_many(value: Any) -> str:
 
 Temperatures = Annotated[
     Annotated[PositiveFloat, Tag("one")]
-    | Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MAX_TEMPERATURES), Tag("many")],
+    | Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MAX_STATES), Tag("many")],
     Discriminator(_one_or_many),
     BeforeValidator(temperature_range),
 ]
@@ -635,8 +665,12 @@ class SystemSection(_FileSection):
     temperature: Temperatures = Field(
         description="[K], or [epsilon/k_B] in lj units; a list or START:STOP:STEP is a series"
     )
-    pressure: Annotated[float | tuple[float, str] | None, BeforeValidator(_pressure)] = Field(
-        default=None, description="makes it a Gibbs free energy [epsilon/sigma^3, atm in real units, bar in metal ones]"
+    pressure: Annotated[float | tuple[float, ...] | None, PlainValidator(_pressures, str | float | list[float])] = (
+        Field(
+            default=None,
+            description="makes it a Gibbs free energy [epsilon/sigma^3, atm in real units, bar in metal ones, or with "
+            "a unit, such as 1 kbar]; a list or START:STOP:STEP is a series",
+        )
     )
     cell_motion: Literal["isotropic", "orthorhombic", "triclinic"] | None = Field(
         default=None, description="of a crystal under pressure; isotropic if there is a pressure"
@@ -675,21 +709,20 @@ class SystemSection(_FileSection):
             if self.cell_motion is not None:
                 raise _wrong("a cell moves under a pressure; give pressure, too (it may be 0)", ("cell_motion",))
             return self
-        if isinstance(self.temperature, tuple):
-            raise _wrong("series are of crystals in a fixed cell only; give one temperature", ("temperature",))
         for key, value in (("flow", self.estimate.flow), ("trajectory", self.estimate.trajectory)):
             if value is not None:
                 raise _wrong("for crystals in a fixed cell only; leave it out, or the pressure", ("estimate", key))
         try:
-            pressure = self.resolved_pressure
+            pressure = self._in_unit_of_style(self.pressure)
         except InputError as error:
             raise _wrong(str(error).removeprefix("pressure: "), ("pressure",)) from None
         return self.model_copy(update={"pressure": pressure, "cell_motion": self.cell_motion or "isotropic"})
 
-    @property
-    def resolved_pressure(self) -> float | None:
-        """Pressure in the unit of the style."""
-        return pressure_in(self.unit_style, *self.pressure) if isinstance(self.pressure, tuple) else self.pressure
+    def _in_unit_of_style(self, pressure: Any) -> Any:
+        if isinstance(pressure, _Pressure):
+            value, unit = pressure
+            return value if unit is None else pressure_in(self.unit_style, value, unit)
+        return tuple(self._in_unit_of_style(one) for one in pressure)
 
     @property
     def resolved_wavelength(self) -> float | dict[str, float] | None:

@@ -53,9 +53,13 @@ def energies(
     level = None if fixed else _level(largest[inside] / half)
     near = largest[inside] <= (0.0 if level is None else level) * half
     found = np.full(len(displacements), np.inf)
+
+    def at_these(evaluate: Evaluator) -> Callable[[np.ndarray], jax.Array]:
+        return lambda rows: evaluate(displacements[rows])
+
     for frames, at in ((inside[near], level), (inside[~near], None)):
         if len(frames):
-            found[frames] = _evaluated(_evaluator(system, at), displacements, frames, batch or _batch_size(system))
+            found[frames] = in_batches(at_these(_evaluator(system, at)), frames, batch or batch_size(system))
     on_crystal(system.potential, system.crystal).require()
     return found
 
@@ -129,29 +133,33 @@ def _pair_energy(potential: Potential, table: NeighbourTable) -> Evaluator:
     return energy
 
 
-def _batch_size(system: System) -> int:
+def batch_size(system: System) -> int:
     """Frames that a core evaluates together: enough to fill vector units, few enough for the cache."""
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / system.n_atoms)), 64, 8192))
     return int(np.clip(2 ** round(math.log2(2**15 / system.n_atoms)), 16, 128))
 
 
-def _evaluated(evaluate: Evaluator, displacements: np.ndarray, frames: np.ndarray, batch: int) -> np.ndarray:
-    """Energies (n,) of the frames of these numbers, a batch at a time, one batch to a core."""
+def in_batches(evaluate: Callable[[np.ndarray], Any], rows: np.ndarray, batch: int) -> Any:
+    """What a compiled function of so many row numbers gives for all of them, a batch at a time, one batch to a core.
 
-    def one(numbers: np.ndarray) -> np.ndarray:
-        part = displacements[numbers]
-        # The last batch is filled up with perfect crystals: one shape compiles once.
-        whole = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]))])
+    Args:
+        evaluate: Takes row numbers (batch,); returns arrays, or a tree of them, with one row each.
+        rows: Row numbers, at least one.
+        batch: How many at a time; one shape compiles once.
+    """
+
+    def one(part: np.ndarray) -> Any:
+        whole = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
         with double_precision():  # of this thread
-            return np.asarray(evaluate(whole))[: len(part)]
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(part)], evaluate(whole))
 
-    first, *others = np.split(frames, range(batch, len(frames), batch))
+    first, *others = np.split(rows, range(batch, len(rows), batch))
     found = [one(first)]  # alone: threads would each compile it
     if others:
         with ThreadPoolExecutor(_n_cores()) as threads:
             found += threads.map(one, others)
-    return np.concatenate(found)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
 def _n_cores() -> int:
