@@ -1004,7 +1004,7 @@ def _drop_output() -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    _say("freeflow: error: " + " ".join(message.split()))
+    _say("freeflow: error: " + config.printable(" ".join(message.split())))
     return status
 
 

@@ -1,9 +1,11 @@
-"""What XLA is asked for on CPU: flags that must be set before JAX starts, so whoever owns the process sets them."""
+"""What JAX and XLA are asked for: flags that must be set before JAX starts, and devices that must be there."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+
+from freeflow.errors import InputError
 
 # Loops that write several arrays at once: the ten bond moments of a three-body potential share their reads and
 # exponentials. Versions of XLA that do so by themselves ignore the option.
@@ -23,3 +25,23 @@ def prefer_fast_code(environment: MutableMapping[str, str] = os.environ) -> None
     there = {flag.partition("=")[0] for flag in flags}
     added = [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in there]
     environment["XLA_FLAGS"] = " ".join([*flags, *added])
+
+
+def require_devices() -> None:
+    """Find out at once whether the devices that JAX_PLATFORMS asks for are here; start JAX.
+
+    Raises:
+        InputError: If they are not.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # the latter for CUDA where JAX was installed without it
+        asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME", "")
+        if not asked:
+            raise
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: there is no such device, or JAX was installed without it "
+            "(pip install 'freeflow[cuda]' for NVIDIA GPUs); unset it to take what there is"
+        ) from None

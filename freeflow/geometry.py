@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from scipy.spatial import KDTree
 
 from freeflow.errors import InputError
 from freeflow.types import Crystal
+
+MAX_NEIGHBOURS = 10_000  # of an atom; a neighbour table takes 40 bytes and a look in Python for each
+MAX_PAIRS = 40_000_000
 
 
 class Lattice(NamedTuple):
@@ -172,7 +176,11 @@ def primitive_bonds(crystal: Crystal, radius: float) -> tuple[np.ndarray, np.nda
 
     Returns:
         The atom (n_bonds,) that a bond starts from, the one that it leads to, and the way there (n_bonds, 3).
+
+    Raises:
+        InputError: If there are too many to hold.
     """
+    _require_few(crystal, radius)
     # A vector's component along a lattice vector is at most its length over the distance of the faces.
     reach = np.floor(radius / face_distances(crystal.cell) + 0.5 + 1e-9).astype(int)
     images = (np.indices(tuple(2 * reach + 1)).reshape(3, -1).T - reach) @ crystal.cell
@@ -188,6 +196,17 @@ def primitive_bonds(crystal: Crystal, radius: float) -> tuple[np.ndarray, np.nda
             bonds.append((np.full(len(near), atom), near, away[near]))
     first, second, separation = (np.concatenate(parts) for parts in zip(*bonds, strict=True))
     return first, second, separation
+
+
+def _require_few(crystal: Crystal, radius: float) -> None:
+    """Refuse what would take all memory, or for ever."""
+    per_atom = crystal.n_atoms / crystal.volume * 4 / 3 * math.pi * radius**3
+    images = float(np.prod(2 * (radius / face_distances(crystal.cell)) + 1))
+    if per_atom > MAX_NEIGHBOURS or per_atom * crystal.n_atoms / 2 > MAX_PAIRS or images > MAX_PAIRS:
+        raise InputError(
+            f"an atom has {per_atom:.3g} neighbours within {radius:.4g}, in {images:.3g} images of the cell; at most "
+            f"{MAX_NEIGHBOURS} and {MAX_PAIRS:.0e} pairs in all can be held: are the cutoff and the density right?"
+        )
 
 
 def neighbour_table(crystal: Crystal, radius: float, between: tuple[str, str] | None = None) -> NeighbourTable:
@@ -235,8 +254,13 @@ def nearest_image_table(crystal: Crystal, between: tuple[str, str] | None = None
     energy of the periodic crystal.
 
     Raises:
-        InputError: If the cell is not orthorhombic.
+        InputError: If the cell is not orthorhombic, or holds too many atoms.
     """
+    if crystal.n_atoms**2 / 2 > MAX_PAIRS:
+        raise InputError(
+            f"nearest_image_only pairs every atom with every other, too many to hold for {crystal.n_atoms} atoms; "
+            "leave it out"
+        )
     if not is_orthorhombic(crystal.cell):
         raise InputError("nearest_image_only works in orthorhombic cells only; use a larger box instead")
     n, box = crystal.n_atoms, np.diag(crystal.cell).copy()

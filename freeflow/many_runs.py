@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 from freeflow import config
 from freeflow.cores import cores
 from freeflow.errors import FreeflowError, InputError
+from freeflow.folders import alone_in
 
 RESULTS = "results.jsonl"
 _NOT_RELIABLE = 3  # exit status of a run that has an answer all the same
 _TOPIC = "freeflow"
+_NAME_BYTES = 200
 
 
 class Job(NamedTuple):
@@ -122,7 +124,7 @@ def recalled(folder: Path) -> dict[str, Outcome]:
     """Runs that have ended, by key; the last line of each counts. A line that was cut off is no line."""
     found: dict[str, Outcome] = {}
     try:
-        lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return found
     for line in lines:
@@ -133,18 +135,16 @@ def recalled(folder: Path) -> dict[str, Outcome]:
 
 
 def keep(folder: Path, outcome: Outcome) -> None:
-    """Append a line: it is there whole or, where the machine fails, as a torso that `recalled` passes over."""
-    line = json.dumps(outcome._asdict(), allow_nan=False) + "\n"
+    """Append a line: it is there whole or, where the machine fails, as a torso that `recalled` passes over.
+
+    Raises:
+        FreeflowError: If it cannot be written, as on a full disk.
+    """
     path = folder / RESULTS
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # behind a torso
-            line = "\n" + line
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _append(path, json.dumps(outcome._asdict(), allow_nan=False) + "\n")
+    except OSError as error:
+        raise FreeflowError(f"{path}: cannot be written: {error.strerror}") from None
     if outcome.result is not None:
         from freeflow.result import write_atomically
 
@@ -152,8 +152,28 @@ def keep(folder: Path, outcome: Outcome) -> None:
         write_atomically(folder / f"{_file_name(outcome.name)}-{outcome.key[:8]}.json", text)
 
 
+def _append(path: Path, line: str) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # behind a torso
+            line = "\n" + line
+        content = line.encode()
+        try:
+            while content:  # a disk that is nearly full takes a part
+                content = content[os.write(descriptor, content) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    """A name as the start of a file's: no separators, and few enough bytes for any file system."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    return plain.encode()[:_NAME_BYTES].decode(errors="ignore")
 
 
 # ------------------------------------------------------------------------------ one run
@@ -264,7 +284,8 @@ def run_all(
         report: Told of progress and outcomes.
 
     Raises:
-        InputError: If the folder cannot be written, or the cluster not be reached.
+        InputError: If the folder cannot be written or another run is at work in it, or the cluster not be reached.
+        FreeflowError: If an outcome cannot be written.
         KeyboardInterrupt: If interrupted; what had ended is kept.
     """
     try:
@@ -273,6 +294,13 @@ def run_all(
             pass
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    with alone_in(folder):
+        return _run_in(folder, jobs, workers, dask, retries, report)
+
+
+def _run_in(
+    folder: Path, jobs: Sequence[Job], workers: int, dask: str | None, retries: int, report: Report
+) -> list[Outcome]:
     known = recalled(folder)
     done = {job.key: known[job.key] for job in jobs if job.key in known and not known[job.key].failed}
     for outcome in done.values():

@@ -502,7 +502,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         if target.exists() and not target.is_file():  # a pipe or a device cannot be replaced
             target.write_bytes(data)
             return
-        neighbour = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+        neighbour = _neighbour(target)
         try:
             with neighbour.open("xb") as file:
                 file.write(data)
@@ -527,13 +527,19 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         raise FreeflowError(f"{path}: cannot be written: it is a directory")
     if target.exists() and not target.is_file():
         return
-    probe = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    probe = _neighbour(target)
     try:
         probe.open("x").close()
         probe.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FreeflowError(f"{path}: cannot be written: {reason}") from None
+
+
+def _neighbour(target: Path) -> Path:
+    """A new name beside the target's, short enough for any file system."""
+    start = os.fsdecode(os.fsencode(target.name)[:100])
+    return target.with_name(f".{start}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _real(path: str | os.PathLike[str]) -> Path:

@@ -19,6 +19,7 @@ from freeflow import checkpoints, config, preparation, training
 from freeflow.checkpoints import FILE_NAME, Checkpoint
 from freeflow.errors import FreeflowError, InputError
 from freeflow.flows.core import Flow
+from freeflow.folders import alone_in
 from freeflow.preparation import Progress, Report, format_bound, format_ess, training_progress
 from freeflow.references import Gaussian
 from freeflow.result import provenance, require_writable, write_atomically
@@ -164,7 +165,8 @@ def train(
         command: What to note as the command that did it.
 
     Raises:
-        InputError: If the system, the folder, the plan or the checkpoint cannot be used.
+        InputError: If the system, the folder, the plan or the checkpoint cannot be used, or if another run is at work
+            in the folder.
         KeyboardInterrupt: If interrupted before there was a checkpoint.
     """
     begun = time.monotonic()
@@ -172,7 +174,11 @@ def train(
     system.require_fixed_cell("flows are for")
     plan, folder, report = plan or system.plan, Path(run_dir), progress or (lambda _: None)
     given = dict(given or {})
-    with double_precision():
+    if resume and not folder.is_dir():
+        raise InputError(f"{folder / FILE_NAME}: no checkpoint there")
+    if not resume:
+        _make_folder(folder)
+    with double_precision(), alone_in(folder):
         if resume:
             run, session, limits = _take_up(system, plan, folder, given, report, begun)
         else:
@@ -214,7 +220,7 @@ def _set_out(system: System, plan: Plan, folder: Path, report: Report, begun: fl
     wanted = plan.flow or FlowPlan(architecture=DEFAULT_ARCHITECTURE)
     if wanted.checkpoint is not None:
         raise InputError("estimate.flow: it names a checkpoint, which needs no training; give an architecture")
-    _make_folder(folder)
+    _require_empty(folder)
     plan, settings = replace(plan, flow=wanted), wanted.training
     fits: list[Gaussian] = []
 
@@ -336,11 +342,14 @@ def _warnings(session: Session) -> list[str]:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     except FileExistsError:
         raise InputError(f"{folder}: a file stands there; a run needs a folder") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be made: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _require_empty(folder: Path) -> None:
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if FILE_NAME in others:
         raise InputError(f"{folder}: holds a run already; --resume goes on with it, or give another folder")
     if others:

@@ -26,7 +26,7 @@ from freeflow.config.schema import (
     SystemSection,
     temperature_range,
 )
-from freeflow.config.words import nearest, suggest
+from freeflow.config.words import nearest, printable, suggest
 
 __all__ = [
     "STILLINGER_WEBER_PRESETS",
@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "load_crystal",
     "nearest",
+    "printable",
     "read",
     "revise",
     "revise_difference",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from freeflow.compiler import require_devices
 from freeflow.config.problems import validate
 from freeflow.config.schema import DifferenceSection, EstimateSection, SolutionFileSection, SystemSection
 from freeflow.config.words import KeyPath, nearest, show, show_path
@@ -40,6 +41,7 @@ def load(source: str | Path | Mapping[str, Any]) -> System | Solution | StateSer
         InputError: If anything is wrong with it; one line that says where.
     """
     label, folder, section = read(source)
+    require_devices()
     try:
         return _solution(section, folder) if isinstance(section, SolutionFileSection) else _crystals(section, folder)
     except InputError as error:

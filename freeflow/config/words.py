@@ -66,3 +66,8 @@ def show_key(path: KeyPath) -> str:
     """Where a key stands, as in estimate.flow."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{show_word(key)}" for key in path)
     return text.removeprefix(".")
+
+
+def printable(text: str) -> str:
+    """The same text with what would not show, or would command the terminal, spelled out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,7 +1,7 @@
 """Trajectory files, a chunk of frames at a time, checked against the system that they are meant for.
 
-Files are streamed in chunks, through ASE (.traj) and mdtraj (XTC, TRR, HDF5) where these stream.
-Text formats and DCD are read here: ASE holds every frame of a dump in memory and takes 30 ms for an
+Files are streamed in chunks, through ASE (.traj) and mdtraj (XTC, HDF5) where these stream.
+Text formats, DCD and TRR are read here: ASE holds every frame of a dump in memory and takes 30 ms for an
 extxyz frame of 256 atoms, mdtraj holds a whole PDB file and prints to standard output for DCD, and
 neither notices a DCD file that is cut short.
 
@@ -34,6 +34,7 @@ from jaxtyping import Float
 from freeflow.errors import InputError
 from freeflow.geometry import face_distances
 from freeflow.trajectories.alignment import UNKNOWN_SPECIES, formula, to_displacements
+from freeflow.trajectories.xdr import require_sound_xtc, trr_frame
 from freeflow.types import Crystal, System
 from freeflow.units import UnitStyle
 
@@ -294,6 +295,7 @@ def _scale(form: _Format, system: System | Box, cell: np.ndarray, sigma: str | N
     return min(scales.values(), key=lambda scale: _strain(cell[None] * scale, system.crystal)[0])
 
 
+@np.errstate(all="ignore")  # of nonsense cells
 def _strain(cells: np.ndarray, crystal: Crystal | Box) -> np.ndarray:
     """Largest strain (n_frames,) that takes a cell to the crystal's, however it is turned; NaN for no cell."""
     inverse = np.linalg.inv(crystal.cell)
@@ -302,6 +304,7 @@ def _strain(cells: np.ndarray, crystal: Crystal | Box) -> np.ndarray:
     return 0.5 * np.abs(step @ np.swapaxes(step, 1, 2) - np.eye(3)).max(axis=(1, 2))
 
 
+@np.errstate(all="ignore")
 def _wrong_cell(cell: np.ndarray, strain: float, crystal: Crystal | Box, units: UnitStyle) -> str:
     ratio = (abs(np.linalg.det(cell)) / crystal.volume) ** (1 / 3)
     close = [factor for factor in (0.1, 10.0) if abs(ratio / factor - 1) < 1e-2]
@@ -660,7 +663,8 @@ def _dcd(request: _Request) -> Iterator[_Block]:
         worst = min((int(where[0]) for where in bad if where.size), default=None)
         if worst is not None:
             raise InputError(f"frame {first + worst * request.stride}: the records of the DCD file are corrupted")
-        positions = np.stack([part[axis] for axis in "xyz"], axis=2).astype(float)
+        with np.errstate(invalid="ignore"):  # NaN, which is met later
+            positions = np.stack([part[axis] for axis in "xyz"], axis=2).astype(float)
         cells = None
         if "cell" in record.names:  # pyright: ignore[reportOperatorIssue]
             a, gamma, b, beta, alpha, c = np.asarray(part["cell"], float).T
@@ -701,19 +705,41 @@ def _joined(blocks: list[_Block]) -> _Block:
     return blocks[0]._replace(**{key: None if part[0] is None else np.concatenate(part) for key, part in parts.items()})
 
 
-def _gromacs(name: str) -> Callable[[_Request], Iterator[_Block]]:
-    def reader(request: _Request) -> Iterator[_Block]:
-        import mdtraj.formats
+def _xtc(request: _Request) -> Iterator[_Block]:
+    from mdtraj.formats import XTCTrajectoryFile
 
-        with getattr(mdtraj.formats, name)(str(request.path)) as file:
+    require_sound_xtc(request.path, request.n_atoms, request.stop)
+    with XTCTrajectoryFile(str(request.path)) as file:
 
-            def advance(count: int) -> _Block | None:
-                positions, _, _, cells, *_ = file.read(n_frames=count)
-                return _Block(positions, cells, None, _gromacs_rounding(positions))
+        def advance(count: int) -> _Block | None:
+            positions, _, _, cells = file.read(n_frames=count)
+            return _Block(positions, cells, None, _gromacs_rounding(positions))
 
-            yield from _strided(request, advance)
+        yield from _strided(request, advance)
 
-    return reader
+
+def _trr(request: _Request) -> Iterator[_Block]:
+    n_read = 0
+    with request.path.open("rb") as file:
+
+        def advance(count: int) -> _Block | None:
+            nonlocal n_read
+            frames = []
+            while len(frames) < count:
+                try:
+                    frame = trr_frame(file, request.n_atoms)
+                except InputError as error:
+                    raise InputError(f"frame {n_read}: {error}") from None
+                if frame is None:
+                    break
+                frames.append(frame)
+                n_read += 1
+            if not frames:
+                return None
+            positions, cells = (np.stack(part) for part in zip(*frames, strict=True))
+            return _Block(positions, cells, None, _gromacs_rounding(positions))
+
+        yield from _strided(request, advance)
 
 
 def _gromacs_rounding(positions: np.ndarray) -> float:
@@ -783,8 +809,8 @@ _FORMATS = {
     ".xyz": _EXTXYZ,
     ".pdb": _PDB,
     ".traj": _Format("an ASE trajectory", _ase_traj, "ase"),
-    ".xtc": _Format("XTC", _gromacs("XTCTrajectoryFile"), "nm"),
-    ".trr": _Format("TRR", _gromacs("TRRTrajectoryFile"), "nm"),
+    ".xtc": _Format("XTC", _xtc, "nm"),
+    ".trr": _Format("TRR", _trr, "nm"),
     ".dcd": _Format("DCD", _dcd, "angstrom"),
     ".h5": _HDF5,
     ".hdf5": _HDF5,
