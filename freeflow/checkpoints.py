@@ -25,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from freeflow import flows
+from freeflow.crystals import at_temperature
 from freeflow.errors import InputError
 from freeflow.flows.core import Flow
 from freeflow.geometry import face_distances
@@ -38,6 +39,7 @@ VERSION = 1
 FILE_NAME = "checkpoint.safetensors"
 SHIPPED = "shipped"
 _PARAMETERS, _STATE, _REFERENCE = "parameters", "state", "reference"  # groups of arrays
+RANGES = {"temperature": "temperatures", "number_density": "number_densities"}  # options of conditional flows
 _COMPLEX = "~complex"  # the format has no complex double: pairs of real numbers, on a last axis of 2
 
 
@@ -214,14 +216,17 @@ def fingerprint(system: System) -> dict[str, Any]:
         "boltzmann": system.units.boltzmann,
         "potential": {**_numbers(potential), **named},
         "potential_values": _potential_values(system),
-        "temperature": system.temperature,
-        "number_density": system.n_atoms / crystal.volume,
+        **_state(system),
         "species": {symbol: n // least for symbol, n in sorted(Counter(crystal.species).items())},
         "lattice": crystal.description,
         "surroundings": surroundings(crystal),
         "n_atoms": system.n_atoms,
         "cell": crystal.cell.tolist(),
     }
+
+
+def _state(system: System) -> dict[str, float]:
+    return {"temperature": system.temperature, "number_density": system.n_atoms / system.crystal.volume}
 
 
 def _numbers(potential: Any) -> dict[str, Any]:
@@ -303,6 +308,20 @@ def difference(made_for: Mapping[str, Any], wanted: Mapping[str, Any], any_size:
     return None
 
 
+def apart(checkpoint: Checkpoint, system: System, any_size: bool) -> str | None:
+    """What keeps a flow from a system, in words; None if it suits. A conditional flow suits a range of states."""
+    ranges = {key: checkpoint.options.get(name) for key, name in RANGES.items()}
+    wanted = fingerprint(system)
+    for key, ends in ranges.items():
+        if ends is not None and not ends[0] * (1 - 1e-8) <= wanted[key] <= ends[1] * (1 + 1e-8):
+            return f"{key}: the flow is for {ends[0]:.8g} to {ends[1]:.8g}, this system has {_show(wanted[key])}"
+    if ranges["temperature"] is not None:  # energies are compared in kT
+        wanted = fingerprint(at_temperature(system, checkpoint.system["temperature"]))
+    if ranges["number_density"] is not None:
+        wanted["number_density"] = checkpoint.system["number_density"]
+    return difference(checkpoint.system, wanted, any_size)
+
+
 def _same(a: Any, b: Any, tolerance: float = 1e-8) -> bool:
     if isinstance(a, bool | str | Mapping) or isinstance(b, bool | str | Mapping):
         return a == b
@@ -326,9 +345,9 @@ def require_same_system(checkpoint: Checkpoint, system: System, any_size: bool |
         InputError: Naming the first key that differs.
     """
     fits_any = checkpoint.transferable if any_size is None else any_size
-    apart = difference(checkpoint.system, fingerprint(system), fits_any)
-    if apart is not None:
-        raise InputError(f"another system ({checkpoint.system['name']}): {apart}")
+    what = apart(checkpoint, system, fits_any)
+    if what is not None:
+        raise InputError(f"another system ({checkpoint.system['name']}): {what}")
 
 
 # ------------------------------------------------------------------------------ from files to flows
@@ -342,10 +361,9 @@ def shipped(system: System, folder: Path | None = None) -> Path:
     """
     folder = folder or Path(__file__).parent / "shipped_flows"
     made_for = []
-    wanted = fingerprint(system)
     for path in sorted(folder.glob("*.safetensors")):
         checkpoint = read(path)
-        if difference(checkpoint.system, wanted, checkpoint.transferable) is None:
+        if apart(checkpoint, system, checkpoint.transferable) is None:
             return path
         made_for.append(path.stem)
     ships = f"there are flows for {', '.join(made_for)}" if made_for else "no flow ships with this version"
@@ -375,7 +393,7 @@ def load_flow(system: System, source: str, gaussian: Callable[[], Gaussian]) -> 
     """A flow from a checkpoint, ready for use on a system.
 
     The reference is the one that the flow was trained with, where the file has it and the crystal
-    has the same size; else `gaussian` fits one.
+    has the same size and is in the same state; else `gaussian` fits one.
 
     Args:
         system: What the flow is to be used for.
@@ -397,7 +415,8 @@ def load_flow(system: System, source: str, gaussian: Callable[[], Gaussian]) -> 
 
 def rebuild(checkpoint: Checkpoint, system: System, gaussian: Callable[[], Gaussian]) -> Flow:
     """The flow that a checkpoint describes."""
-    stored = reference(checkpoint) if checkpoint.system["n_atoms"] == system.n_atoms else None
+    own = ("n_atoms", system.n_atoms), *((key, value) for key, value in _state(system).items())
+    stored = reference(checkpoint) if all(_same(checkpoint.system[key], value) for key, value in own) else None
     try:
         return build_flow(
             system, checkpoint.architecture, checkpoint.options, gaussian if stored is None else lambda: stored
@@ -406,12 +425,12 @@ def rebuild(checkpoint: Checkpoint, system: System, gaussian: Callable[[], Gauss
         raise InputError(f"architecture {checkpoint.architecture}: {error}") from None
 
 
-def reference(checkpoint: Checkpoint) -> Gaussian | None:
-    """The Gaussian that the flow was trained with, if it is in the file."""
-    stored = _under(f"{_REFERENCE}/", checkpoint.arrays)
+def reference(checkpoint: Checkpoint, group: str = _REFERENCE) -> Gaussian | None:
+    """The Gaussian that the flow was trained with, or several, stacked, of another group; None if not in the file."""
+    stored = _under(f"{group}/", checkpoint.arrays)
     if not stored:
         return None
-    return Gaussian(stored["mean"], stored["root"], stored["inverse_root"], np.float64(stored["log_det"]))
+    return Gaussian(stored["mean"], stored["root"], stored["inverse_root"], np.asarray(stored["log_det"])[()])
 
 
 def parameters(checkpoint: Checkpoint, flow: Flow, system: System) -> Params:

@@ -436,6 +436,8 @@ Examples:
   freeflow train mw_cubic_64 -o runs/mw --resume
   freeflow train my_crystal.yaml -o runs/mine --architecture atomic_solids --max-steps 5000
   freeflow estimate mw_cubic_64 --checkpoint runs/mw
+  freeflow train mw_cubic_64 -o runs/warm --temperatures 180:270 --max-minutes 10
+  freeflow estimate mw_cubic_64 --checkpoint runs/warm --temperature 250
 
 Exit status: 0 trained, or paused at a limit; 2 bad input; 3 trained, but for the worse; 130 interrupted, with
 a checkpoint that --resume goes on from.""",
@@ -455,6 +457,8 @@ a checkpoint that --resume goes on from.""",
 @_FRAMES
 @click.option("--batch-size", type=int, help="Samples per step.")
 @click.option("--learning-rate", type=float, help="At its highest.")
+@click.option("--temperatures", metavar="LOW:HIGH", help="One flow for all temperatures in between.")
+@click.option("--number-densities", metavar="LOW:HIGH", help="One flow for all densities in between [1/length**3].")
 @click.option("--seed", type=int, help="Seed of the random numbers.")
 @click.option("--json", "json_path", metavar="OUT", help="Write the outcome as JSON; - for stdout, without the table.")
 @click.option("--quiet", is_flag=True, help="Print one line: the bound on the free energy and how training ended.")
@@ -479,6 +483,7 @@ def train(
     problem = config.crystal_only(config.load(system))
     trajectory = {name: options.pop(name) for name in ("trajectory", "topology", "frames", "sigma")}
     given = {name: value for name, value in options.items() if value is not None}
+    given |= {name: _ends(name, given[name]) for name in ("temperatures", "number_densities") if name in given}
     plan = _training_plan(problem, given, _with_trajectory(trajectory, problem.plan.trajectory))
 
     from freeflow import preparation, training_run
@@ -784,8 +789,18 @@ def _training_plan(system: System, given: dict[str, Any], trajectory: dict[str, 
     values: dict[str, Any] = {"architecture": "residual"} if flow is None else flow.values()
     if architecture is not None and architecture != values.get("architecture"):
         values = {"architecture": architecture, "training": values.get("training", {})}
-    values["training"] = {**values.get("training", {}), **changes}
+    ranges = {name: changes.pop(name) for name in ("temperatures", "number_densities") if name in changes}
+    values = {**values, **ranges, "training": {**values.get("training", {}), **changes}}
     return _checked(config.revise, system.plan, {"flow": values, **seed, **trajectory})
+
+
+def _ends(name: str, text: str) -> list[float]:
+    """LOW:HIGH as two numbers; whether these make sense is checked with the rest."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"--{name.replace('_', '-')}: give LOW:HIGH, got {text!r}") from None
+    return [low, high]
 
 
 def _checked(revise: Callable[..., R], plan: Any, changes: dict[str, Any]) -> R:

@@ -192,6 +192,11 @@ def learned_flow(system: System, plan: Plan, report: Report, frames: Equilibrium
     if plan.flow.checkpoint is not None:
         flow, params = checkpoints.load_flow(system, plan.flow.checkpoint, gaussian)
         return LearnedFlow(flow, params, spent)
+    for option in checkpoints.RANGES.values():
+        if plan.flow.options.get(option) is not None:
+            raise InputError(
+                f"estimate.flow.{option}: train it once for all states (freeflow train), then name its file"
+            )
     flow = checkpoints.build_flow(system, plan.flow.architecture or "", plan.flow.options, gaussian)
     settings = plan.flow.training
     report(Progress("training", None, "compiling"))

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from freeflow.errors import FreeflowError, InputError
 from freeflow.estimators.diagnostics import effective_sample_size
-from freeflow.flows.core import Flow
+from freeflow.flows import Flow, starting_from
+from freeflow.references import Gaussian
 from freeflow.types import (
     Configuration,
     Ensemble,
@@ -167,6 +168,51 @@ LOSSES: Mapping[str, Callable[[Flow], LossFn]] = {
 }
 FROM_FRAMES = {"forward_kl", "lbar"}
 
+
+class Family(NamedTuple):
+    """States in which one set of parameters is trained: a crystal at several temperatures."""
+
+    flow: Flow
+    gaussians: Gaussian  # of each state, stacked
+    states: ThermodynamicState  # stacked
+
+
+def over_states(families: Sequence[Family], loss: Callable[[Flow], LossFn]) -> LossFn:
+    """Mean loss of all states of all families; each state has the same share of the batch, and frames have no part."""
+    n_states = sum(len(family.states.beta) for family in families)
+
+    def mean(params: Params, keys: Array, frames: Frames, state: ThermodynamicState) -> Scalar:
+        each = len(keys) // n_states
+        total, first = jnp.zeros(()), 0
+        for family in families:
+            n = len(family.states.beta)
+            own = keys[first * each : (first + n) * each].reshape(n, each)
+            first += n
+
+            def one(gaussian: Gaussian, at: ThermodynamicState, some: Array, flow: Flow = family.flow) -> Scalar:
+                return loss(starting_from(flow, gaussian))(params, some, None, at)
+
+            total = total + jnp.sum(jax.vmap(one)(family.gaussians, _cast(family.states, state.beta.dtype.name), own))
+        return total / n_states
+
+    return mean
+
+
+def works_of(family: Family, params: Params, seed: int, n_samples: int = 256) -> Float[np.ndarray, "n_states n"]:
+    """Forward work of fresh samples in every state of a family [kT], in float64."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _STREAM + 1), n_samples)
+
+    @jax.jit
+    def works(gaussian: Gaussian, state: ThermodynamicState) -> Array:
+        flow = starting_from(family.flow, gaussian)
+        one = forward_work(flow, flow.target)
+        return jax.lax.map(lambda key: one(_cast(params, "float64"), key, state), keys, batch_size=32)
+
+    n = len(family.states.beta)
+    stacked = [jax.tree.map(lambda leaf, k=k: leaf[k], (family.gaussians, family.states)) for k in range(n)]
+    return np.stack([np.asarray(works(gaussian, state)) for gaussian, state in stacked])
+
+
 # ------------------------------------------------------------------------------ the trainer
 
 
@@ -206,7 +252,14 @@ def learning_rate(plan: TrainingPlan, step: Int[Numeric, ""], horizon: Int[Numer
     return plan.learning_rate * rise * 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(k / end, 1.0)))
 
 
-def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int, dtype: str = "float32") -> Trainer:
+def trainer(
+    flow: Flow,
+    state: ThermodynamicState,
+    plan: TrainingPlan,
+    seed: int,
+    dtype: str = "float32",
+    families: Sequence[Family] = (),
+) -> Trainer:
     """Adam on a loss of the flow.
 
     The batch is spread over all local devices. A gradient longer than `plan.clip` times its usual
@@ -218,13 +271,21 @@ def trainer(flow: Flow, state: ThermodynamicState, plan: TrainingPlan, seed: int
         plan: How. The batch is rounded up to a multiple of the devices.
         seed: Of initial parameters, batches and evaluations.
         dtype: Of parameters and of the samples in training.
+        families: States to train in, if these are several; `state` is where the flow is evaluated on the way.
 
     Raises:
-        InputError: If there is no such loss.
+        InputError: If there is no such loss, or it cannot be used with several states.
     """
     if plan.loss not in LOSSES:
         raise InputError(f"training.loss: no loss {plan.loss!r}; use one of {', '.join(LOSSES)}")
-    loss = LOSSES[plan.loss](flow)
+    n_states = sum(len(family.states.beta) for family in families)
+    if families and plan.loss in FROM_FRAMES:
+        raise InputError(f"training.loss: {plan.loss} learns from frames of one state; use path_gradient or reverse_kl")
+    if n_states > plan.batch_size:
+        raise InputError(
+            f"training.batch_size: at least one sample in each of {n_states} states, got {plan.batch_size}"
+        )
+    loss = over_states(families, LOSSES[plan.loss]) if families else LOSSES[plan.loss](flow)
     import optax
 
     optimiser = optax.scale_by_adam()

@@ -6,32 +6,36 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from freeflow import checkpoints, config, preparation, training
-from freeflow.checkpoints import FILE_NAME, Checkpoint
+from freeflow.checkpoints import FILE_NAME, RANGES, Checkpoint
+from freeflow.crystals import at_temperature, strained_system
 from freeflow.errors import FreeflowError, InputError
-from freeflow.flows.core import Flow
+from freeflow.flows import Flow, starting_from
 from freeflow.folders import alone_in
 from freeflow.preparation import Progress, Report, format_bound, format_ess, training_progress
 from freeflow.references import Gaussian
 from freeflow.result import provenance, require_writable, write_atomically
-from freeflow.training import Compiled, Ending, Limits, Metrics, Session
+from freeflow.training import Compiled, Ending, Family, Limits, Metrics, Session
 from freeflow.types import FlowPlan, Plan, System, TrainingPlan, TrajectoryPlan, double_precision
 
+_FAMILY = "family"  # groups of arrays: references of the states of one density
 METRICS_FILE, SYSTEM_FILE = "metrics.jsonl", "system.yaml"
 JSON_VERSION = 1
 DEFAULT_ARCHITECTURE = "residual"
 _SAVE_SECONDS = 30.0
 _OVERTIME = 1.25  # of a time budget, for the end of the schedule where steps were slower than measured
 _FEW_SKIPPED = 0.01
+_TEMPERATURES, _DENSITIES = 4, 3  # in which a flow for ranges of them is trained
 
 _EXIT_STATUS: Mapping[Ending, int] = {
     "finished": 0,
@@ -56,6 +60,7 @@ class TrainingResult:
     step: int
     wall_seconds: float  # of this session
     warnings: tuple[str, ...]
+    states: tuple[Metrics, ...] = ()  # of a flow for a range of them, with what it is worth in each
 
     @property
     def worse(self) -> bool:
@@ -89,6 +94,7 @@ class TrainingResult:
             "last": self.metrics[-1],
             "wall_seconds": self.wall_seconds,
             "warnings": list(self.warnings),
+            **({"states": [dict(state) for state in self.states]} if self.states else {}),
         }
 
     def to_json(self, path: str | Path) -> None:
@@ -122,6 +128,13 @@ class TrainingResult:
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [self.system.name, ""]
         lines += [f"  {name:<{widths[0]}}   {value:<{widths[1]}}   {note}".rstrip() for name, value, note in rows]
+        if self.states:
+            lines += ["", "  temperature   number density   beta F / N, upper bound   effective sample size"]
+            lines += [
+                f"  {state['temperature']:>11.6g}   {state['number_density']:>14.6g}   {format_bound(state):>23}   "
+                f"{format_ess(state):>21}"
+                for state in self.states
+            ]
         if self.warnings:
             lines += ["", "Warnings", *(f"  {warning}" for warning in self.warnings)]
         return "\n".join([*lines, "", _SENTENCES[self.ending]])
@@ -200,7 +213,75 @@ class _Run:
     compiled: Compiled
     base: training.Baseline
     fingerprint: Mapping[str, Any]
+    family: tuple[_Members, ...] = ()
     command: str = ""
+
+
+@dataclass(frozen=True)
+class _Members:
+    """A crystal at the temperatures that a conditional flow is trained in."""
+
+    systems: tuple[System, ...]
+    family: Family
+
+    @property
+    def baselines(self) -> list[training.Baseline]:
+        """What leads from work to the free energy, in each state."""
+        found = []
+        for k, system in enumerate(self.systems):
+            flow = starting_from(self.family.flow, jax.tree.map(lambda leaf, k=k: leaf[k], self.family.gaussians))
+            found.append(training.baseline(flow, system.constants, system.n_atoms, system.state))
+        return found
+
+
+def _members(
+    system: System, flow: Flow, gaussian: Callable[[System], Gaussian], stored: Callable[[int], Gaussian | None]
+) -> tuple[_Members, ...]:
+    """The states in which a flow for ranges is trained, evenly spaced in the logarithm; none for a single state.
+
+    Args:
+        system: A crystal in a state within the ranges.
+        flow: For it.
+        gaussian: Fits the reference of a state.
+        stored: The references of one density, if they are kept already.
+    """
+    ranges = {name: flow.options.get(name) for name in RANGES.values()}
+    if not any(ranges.values()):
+        return ()
+    temperatures, densities = ranges["temperatures"], ranges["number_densities"]
+    own = system.n_atoms / system.crystal.volume
+    found = []
+    for number, density in enumerate(
+        [own] if densities is None else np.geomspace(densities[0], densities[1], _DENSITIES)
+    ):
+        crystal = system
+        if densities is not None:
+            crystal = strained_system(system, math.log(own / density) / 3 * np.eye(3))
+        at = (
+            [system.temperature]
+            if temperatures is None
+            else np.geomspace(temperatures[0], temperatures[1], _TEMPERATURES)
+        )
+        systems = tuple(at_temperature(crystal, float(t)) for t in at)
+        gaussians = stored(number)
+        if gaussians is None:
+            gaussians = jax.tree.map(lambda *leaves: np.stack(leaves), *(gaussian(one) for one in systems))
+        first = jax.tree.map(lambda leaf: leaf[0], gaussians)
+        its_flow = checkpoints.build_flow(systems[0], flow.architecture, flow.options, lambda g=first: g)
+        states = jax.tree.map(lambda *leaves: np.stack(leaves), *(one.state for one in systems))
+        found.append(_Members(systems, Family(its_flow, gaussians, states)))
+    return tuple(found)
+
+
+def _along(run: _Run, session: Session) -> tuple[Metrics, ...]:
+    """What the flow is worth in every state that it was trained in."""
+    found = []
+    for members in run.family:
+        works = training.works_of(members.family, session.state.average, run.plan.seed)
+        for system, base, work in zip(members.systems, members.baselines, works, strict=True):
+            density = system.n_atoms / system.crystal.volume
+            found.append({"temperature": system.temperature, "number_density": density, **training.measure(work, base)})
+    return tuple(found)
 
 
 def _samples(system: System, plan: Plan, flow: Flow, settings: TrainingPlan, report: Report) -> training.Frames:
@@ -229,7 +310,8 @@ def _set_out(system: System, plan: Plan, folder: Path, report: Report, begun: fl
         return fits[-1]
 
     flow = checkpoints.build_flow(system, wanted.architecture or DEFAULT_ARCHITECTURE, wanted.options, gaussian)
-    run, trainer = _prepared(system, plan, settings, folder, flow, fits[-1] if fits else None, report)
+    members = _members(system, flow, lambda one: _fitted(one, plan, report), lambda _: None)
+    run, trainer = _prepared(system, plan, settings, folder, flow, fits[-1] if fits else None, report, members)
     report(Progress("training", None, "evaluating the untrained flow"))
     budget = math.inf if settings.max_minutes is None else 60 * settings.max_minutes
     session = training.begin(trainer, run.compiled, settings, run.base, begun + budget)
@@ -243,7 +325,9 @@ def _take_up(
     path = folder / FILE_NAME
     checkpoint = checkpoints.read(path)
     try:
-        checkpoints.require_same_system(checkpoint, system, any_size=False)
+        apart = checkpoints.difference(checkpoint.system, checkpoints.fingerprint(system), any_size=False)
+        if apart is not None:  # a run keeps its own state, whatever range it trains for
+            raise InputError(f"another system ({checkpoint.system['name']}): {apart}")
         if not checkpoint.training:
             raise InputError("holds parameters alone; it can be used, but not resumed")
         known = dict(checkpoint.training)
@@ -251,12 +335,20 @@ def _take_up(
         learned_from = known.get("trajectory") and TrajectoryPlan(**known["trajectory"])
         plan = replace(plan, seed=known["seed"], trajectory=learned_from or plan.trajectory)
         own = {**asdict(settings), "seed": plan.seed, "architecture": checkpoint.architecture}
+        own |= {name: checkpoint.options.get(name) for name in RANGES.values()}
         for key, value in given.items():
             if key not in {"max_steps", "max_minutes"} and value != own[key]:
                 option = f"--{key.replace('_', '-')}"
                 raise InputError(f"{option}: this run has {own[key]}, and a resumed run keeps it; got {value}")
         flow = checkpoints.rebuild(checkpoint, system, lambda: preparation.fit_gaussian(system, plan, report).gaussian)
-        run, trainer = _prepared(system, plan, settings, folder, flow, checkpoints.reference(checkpoint), report)
+        members = _members(
+            system,
+            flow,
+            lambda one: _fitted(one, plan, report),
+            lambda number: checkpoints.reference(checkpoint, f"{_FAMILY}{number}"),
+        )
+        gaussian = checkpoints.reference(checkpoint)
+        run, trainer = _prepared(system, plan, settings, folder, flow, gaussian, report, members)
         state = checkpoints.restore(checkpoint.arrays, "state", jax.eval_shape(trainer.init))
     except InputError as error:
         raise type(error)(f"{path}: {error}") from None
@@ -279,13 +371,23 @@ def _prepared(
     flow: Flow,
     gaussian: Gaussian | None,
     report: Report,
+    members: tuple[_Members, ...],
 ) -> tuple[_Run, training.Trainer]:
     report(Progress("training", None, "compiling"))
-    trainer = training.trainer(flow, system.state, settings, plan.seed)
+    families = [one.family for one in members]
+    trainer = training.trainer(flow, system.state, settings, plan.seed, families=families)
     compiled = training.compile_trainer(trainer, _samples(system, plan, flow, settings, report))
     base = training.baseline(flow, system.constants, system.n_atoms, system.state)
     fingerprint = checkpoints.fingerprint(system)
-    return _Run(system, plan, settings, folder, flow, gaussian, compiled, base, fingerprint), trainer
+    return _Run(system, plan, settings, folder, flow, gaussian, compiled, base, fingerprint, members), trainer
+
+
+def _fitted(system: System, plan: Plan, report: Report) -> Gaussian:
+    def labelled(progress: Progress) -> None:
+        where = f"at temperature {system.temperature:.4g}, number density {system.n_atoms / system.crystal.volume:.4g}"
+        report(progress._replace(text=f"{where}: {progress.text}"))
+
+    return preparation.fit_gaussian(system, plan, labelled).gaussian
 
 
 def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun: float) -> TrainingResult:
@@ -316,6 +418,7 @@ def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun
         step=int(state.step),
         wall_seconds=time.monotonic() - begun,
         warnings=tuple(_warnings(session)),
+        states=_along(run, session),
     )
     if result.worse:
         worse = "the bound is higher than that of the untrained flow; lower the learning rate or train for longer"
@@ -366,6 +469,8 @@ def _save(run: _Run, session: Session) -> None:
     arrays = checkpoints.flatten("state", state)
     if run.gaussian is not None:
         arrays |= checkpoints.flatten("reference", run.gaussian)
+    for number, members in enumerate(run.family):
+        arrays |= checkpoints.flatten(f"{_FAMILY}{number}", members.family.gaussians)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = provenance(run.system, run.plan) | {
         "command": run.command,

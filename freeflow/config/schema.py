@@ -513,6 +513,21 @@ class _TrainedFlowSection(Section):
         return FlowPlan(architecture=architecture, options=values, training=self.training.plan())
 
 
+def _ends(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _wrong(f"expected the lowest and the highest, got {show(value)}")
+    return tuple(value)
+
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not value[0] < value[1]:
+        raise _wrong(f"the first must be below the second, got {show(list(value))}")
+    return value
+
+
+Ends = Annotated[tuple[PositiveFloat, PositiveFloat], BeforeValidator(_ends), AfterValidator(_rising)]
+
+
 class ResidualSection(_TrainedFlowSection):
     """Couplings of the sites of a crystal, by colours; see freeflow.flows.residual for the defaults."""
 
@@ -523,6 +538,8 @@ class ResidualSection(_TrainedFlowSection):
     colour_distance: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
     reach: PositiveFloat | None = Field(default=None, description="in nearest-neighbour distances")
     scale: PositiveFloat | None = Field(default=None, description="[length]")
+    temperatures: Ends | None = Field(default=None, description="lowest and highest, of a flow for a range of states")
+    number_densities: Ends | None = Field(default=None, description="lowest and highest [1/length**3]")
 
 
 class AtomicSolidsSection(_TrainedFlowSection):

@@ -2,6 +2,15 @@
 
 from freeflow.flows.atomic_solids import atomic_solids, position_symmetries
 from freeflow.flows.core import Flow, pulled_back, softened, training_ensemble
-from freeflow.flows.residual import residual
+from freeflow.flows.residual import residual, starting_from
 
-__all__ = ["Flow", "atomic_solids", "position_symmetries", "pulled_back", "residual", "softened", "training_ensemble"]
+__all__ = [
+    "Flow",
+    "atomic_solids",
+    "position_symmetries",
+    "pulled_back",
+    "residual",
+    "softened",
+    "starting_from",
+    "training_ensemble",
+]

@@ -6,11 +6,17 @@ displacements in real space: whitened coordinates would hide the bonds. What it 
 an affine map about a centre that the network predicts, with full 3 x 3 shear, and a sinh-arcsinh
 map of each component for skewness and tails; all of it in closed form, both ways. Parameters belong
 to colours and not to atoms, so that they fit any number of repeats.
+
+A conditional flow serves a range of temperatures and densities with one set of parameters: its networks are told
+where in the range they are, and lengths are scaled by sqrt(T), the growth of a harmonic crystal's displacements. The
+reference is fitted anew in each state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +30,7 @@ from freeflow.flows.core import Flow, training_ensemble
 from freeflow.geometry import nearest_neighbour_distance
 from freeflow.networks import mlp
 from freeflow.potentials import many_body
-from freeflow.references import Gaussian, gaussian_crystal
+from freeflow.references import Gaussian, GaussianCrystal, gaussian_crystal
 from freeflow.symmetries import site_colours
 from freeflow.types import (
     Bijector,
@@ -67,6 +73,8 @@ def residual(
     colour_distance: float | None = None,
     reach: float | None = None,
     scale: float | None = None,
+    temperatures: Sequence[float] | None = None,
+    number_densities: Sequence[float] | None = None,
 ) -> Flow:
     """Local flow on top of a Gaussian crystal; the identity before it is trained.
 
@@ -79,12 +87,16 @@ def residual(
         colour_distance: Atoms of one colour are further apart than this, in units of the shortest distance
             between sites; by default 1.05, or 1.7 for three-body potentials.
         reach: Neighbours up to here are seen, in the same units; by default the same.
-        scale: Unit of displacements from the cage [length]; by default their spread in the reference.
+        scale: Unit of displacements from the cage [length], at the geometric mean of the temperatures; by default
+            their spread in the reference.
+        temperatures: Lowest and highest that one set of parameters serves; none for the system's own alone.
+        number_densities: Lowest and highest [1/length^3]; none for the system's own alone.
 
     Raises:
-        InputError: If an option is impossible.
+        InputError: If an option is impossible, or the system's own state is outside the ranges.
     """
     crystal = system.crystal
+    place = conditioning(system, temperatures, number_densities)
     shell = _SECOND_SHELL if many_body(system.potential) else _FIRST_SHELL
     colour_distance = shell if colour_distance is None else colour_distance
     reach = shell if reach is None else reach
@@ -98,16 +110,15 @@ def residual(
     recipe = gaussian_crystal(crystal)
     exact = recipe.ensemble(gaussian)
     if scale is None:
-        scale = float(f"{_spread(exact, layers, system.state):.3g}")
+        scale = float(f"{_spread(exact, layers, system.state) / float(place.growth(system.state)):.3g}")
     if not scale > 0:
         raise InputError(f"flow.scale: must be positive, got {scale}")
 
-    def sample(key: Key, state: ThermodynamicState) -> Array:
-        return recipe.colour(gaussian, recipe.noise(key, jnp.asarray(state.beta).dtype))
-
+    ranges = {"temperatures": temperatures, "number_densities": number_densities}
     return Flow(
         architecture="residual",
         options={
+            **{name: [float(end) for end in ends] for name, ends in ranges.items() if ends is not None},
             "n_sweeps": n_sweeps,
             "width": width,
             "depth": depth,
@@ -115,10 +126,10 @@ def residual(
             "reach": float(reach),
             "scale": float(scale),
         },
-        reference=Ensemble(exact.reduced_potential, sample, exact.log_partition),
+        reference=_reference(recipe, gaussian),
         target=system.target,
         training_target=training_ensemble(system),
-        bijector=mean_free(colour_flow(layers, n_sweeps, width, depth, float(scale))),
+        bijector=mean_free(colour_flow(layers, n_sweeps, width, depth, float(scale), place)),
         log_measure=0.0,
         displacements=lambda u: u,
         coordinates=lambda u: u,
@@ -128,14 +139,87 @@ def residual(
     )
 
 
-def colour_flow(layers: Layer, n_sweeps: int, width: int, depth: int, scale: float) -> Bijector:
+def _reference(recipe: GaussianCrystal, gaussian: Gaussian) -> Ensemble:
+    exact = recipe.ensemble(gaussian)
+
+    def sample(key: Key, state: ThermodynamicState) -> Array:
+        return recipe.colour(gaussian, recipe.noise(key, jnp.asarray(state.beta).dtype))
+
+    return Ensemble(exact.reduced_potential, sample, exact.log_partition)
+
+
+def starting_from(flow: Flow, gaussian: Gaussian) -> Flow:
+    """The same flow from another Gaussian, that of another temperature; it may be traced."""
+    return dataclasses.replace(flow, reference=_reference(flow.recipe, gaussian), gaussian=gaussian)
+
+
+# ------------------------------------------------------------------------------ where in the phase diagram
+
+
+class Conditioning(NamedTuple):
+    """What a flow is told of the state that it is used in."""
+
+    n_features: int
+    features: Callable[[ThermodynamicState], Array]  # (n_features,), from -1 to 1 in the range
+    growth: Callable[[ThermodynamicState], Array | float]  # of all lengths, 1 in the middle of the range
+
+
+def conditioning(
+    system: System, temperatures: Sequence[float] | None = None, number_densities: Sequence[float] | None = None
+) -> Conditioning:
+    """Logarithms of temperature and density, scaled to the ranges that a flow serves; nothing without ranges.
+
+    Raises:
+        InputError: If a range is none, or the system is outside.
+    """
+    density = system.n_atoms / system.crystal.volume
+    own = {"temperatures": (temperatures, system.temperature), "number_densities": (number_densities, density)}
+    for name, (ends, value) in own.items():
+        if ends is None:
+            continue
+        if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:
+            raise InputError(f"flow.{name}: give the lowest and the highest, both positive, got {list(ends)}")
+        if not ends[0] * (1 - 1e-9) <= value <= ends[1] * (1 + 1e-9):
+            raise InputError(f"flow.{name}: {value:.8g}, the system's own, is not between {ends[0]:g} and {ends[1]:g}")
+
+    def scaled(logarithm: Any, ends: Sequence[float]) -> Any:
+        low, high = math.log(ends[0]), math.log(ends[1])
+        return (2 * logarithm - low - high) / (high - low)
+
+    def features(state: ThermodynamicState) -> Array:
+        beta = jnp.asarray(state.beta)
+        found = []
+        if temperatures is not None:
+            found.append(scaled(-jnp.log(beta * system.units.boltzmann), temperatures))
+        if number_densities is not None:
+            found.append(jnp.full((), scaled(math.log(density), number_densities), beta.dtype))
+        return jnp.stack(found)
+
+    def growth(state: ThermodynamicState) -> Array | float:
+        if temperatures is None:
+            return 1.0
+        middle = system.units.boltzmann * math.sqrt(temperatures[0] * temperatures[1])
+        return jnp.sqrt(1 / (jnp.asarray(state.beta) * middle))
+
+    return Conditioning((temperatures is not None) + (number_densities is not None), features, growth)
+
+
+_ONE_STATE = Conditioning(0, lambda state: jnp.zeros(0), lambda state: 1.0)
+
+
+# ------------------------------------------------------------------------------ the map
+
+
+def colour_flow(
+    layers: Layer, n_sweeps: int, width: int, depth: int, scale: float, place: Conditioning = _ONE_STATE
+) -> Bijector:
     """`n_sweeps` times through all colours, on displacements (n_atoms, 3); translation-equivariant.
 
     Parameters are stacked over the layers, which compile as one.
     """
     n_layers = n_sweeps * len(layers.atoms)
     every = Layer(*(np.concatenate([leaf] * n_sweeps) for leaf in layers))
-    n_features = 4 * layers.neighbours.shape[-1]
+    n_features = 4 * layers.neighbours.shape[-1] + place.n_features
     nonlinear, linear = mlp(width, depth, _RAW), mlp(width, 0, 3)
     tails = sinh_arcsinh(_TAIL)
 
@@ -147,39 +231,43 @@ def colour_flow(layers: Layer, n_sweeps: int, width: int, depth: int, scale: flo
 
         return jax.vmap(one)(jax.random.split(key, n_layers))
 
-    def conditions(params: Params, u: Array, layer: Layer) -> tuple[Array, Array]:
-        """Cage (n_moving, 3) and raw parameters (n_moving, _RAW) from what is frozen."""
+    def conditions(params: Params, u: Array, layer: Layer, state: ThermodynamicState) -> tuple[Array, Array, Any]:
+        """Cage (n_moving, 3), raw parameters (n_moving, _RAW) from what is frozen, and the unit of length."""
+        unit = jnp.asarray(scale * place.growth(state), u.dtype)
         around = u[layer.neighbours]
         cage = jnp.einsum("k,ikd->id", jnp.asarray(layer.cage, u.dtype), around)
         apart = (around - cage[:, None]) * jnp.asarray(layer.present, u.dtype)[None, :, None]
         bonds = jnp.asarray(layer.bonds, u.dtype)
         stretch = _length(bonds[None] + apart) - _length(bonds)[None]
-        features = jnp.concatenate([apart.reshape(len(apart), -1), stretch], axis=1) / scale
+        features = jnp.concatenate([apart.reshape(len(apart), -1), stretch], axis=1) / unit
+        if place.n_features:
+            told = jnp.broadcast_to(place.features(state).astype(u.dtype), (len(apart), place.n_features))
+            features = jnp.concatenate([features, told], axis=1)
         raw = nonlinear.apply(params["nonlinear"], features)
-        return cage, raw.at[:, :3].add(linear.apply(params["linear"], features))
+        return cage, raw.at[:, :3].add(linear.apply(params["linear"], features)), unit
 
-    def forward_layer(params: Params, u: Array, layer: Layer) -> tuple[Array, Array]:
-        cage, raw = conditions(params, u, layer)
+    def forward_layer(params: Params, u: Array, layer: Layer, state: ThermodynamicState) -> tuple[Array, Array]:
+        cage, raw, unit = conditions(params, u, layer, state)
         centre, shift, log_scale, shear, shape = _parts(raw)
-        x = (u[layer.atoms] - cage) / scale - centre
+        x = (u[layer.atoms] - cage) / unit - centre
         x = _sheared(jnp.exp(log_scale), shear, x)
         x, log_slope = tails.forward(shape, x)
-        moved = cage + scale * (x + centre + shift)
+        moved = cage + unit * (x + centre + shift)
         return u.at[layer.atoms].set(moved, unique_indices=True), jnp.sum(log_scale) + jnp.sum(log_slope)
 
-    def inverse_layer(params: Params, u: Array, layer: Layer) -> tuple[Array, Array]:
-        cage, raw = conditions(params, u, layer)
+    def inverse_layer(params: Params, u: Array, layer: Layer, state: ThermodynamicState) -> tuple[Array, Array]:
+        cage, raw, unit = conditions(params, u, layer, state)
         centre, shift, log_scale, shear, shape = _parts(raw)
-        x = (u[layer.atoms] - cage) / scale - centre - shift
+        x = (u[layer.atoms] - cage) / unit - centre - shift
         x, log_slope = tails.inverse(shape, x)
         x = _unsheared(jnp.exp(log_scale), shear, x)
-        moved = cage + scale * (x + centre)
+        moved = cage + unit * (x + centre)
         return u.at[layer.atoms].set(moved, unique_indices=True), jnp.sum(log_slope) - jnp.sum(log_scale)
 
     def through(step: Any, reverse: bool) -> Any:
         def apply(params: Params, u: Array, state: ThermodynamicState) -> tuple[Array, Scalar]:
             def one(carry: tuple[Array, Array], layer: tuple[Params, Layer]) -> tuple[tuple[Array, Array], None]:
-                u, log_det = step(layer[0], carry[0], layer[1])
+                u, log_det = step(layer[0], carry[0], layer[1], state)
                 return (u, carry[1] + log_det), None
 
             (u, log_det), _ = jax.lax.scan(one, (u, jnp.zeros((), u.dtype)), (params, every), reverse=reverse)
