@@ -11,7 +11,11 @@ import pickle
 import signal
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from freeflow.user_code import in_one_line, load_object
+
+_STRAIN = 1e-4  # for differences of energies
 
 
 def main() -> None:
@@ -27,17 +31,21 @@ def main() -> None:
         _send(outgoing, ("ready", None))
         while True:
             try:
-                positions = pickle.load(incoming)
+                positions, cells = pickle.load(incoming)
             except EOFError:
                 return
             try:
-                _send(outgoing, ("done", [calculate(x) for x in positions]))
+                cells = [None] * len(positions) if cells is None else cells
+                _send(outgoing, ("done", [calculate(x, cell) for x, cell in zip(positions, cells, strict=True)]))
             except Exception as error:
                 _send(outgoing, ("failed", in_one_line(error)))
 
 
 def _calculator(job: dict[str, Any]) -> Any:
-    """A function of positions (n_atoms, 3) [angstrom] that returns energy [eV] and forces [eV/angstrom]."""
+    """A function of positions (n_atoms, 3) and a cell (3, 3) [angstrom], or None where the cell is fixed.
+
+    It returns energy [eV], forces [eV/angstrom], and the virial (3, 3) [eV] if there is a cell, otherwise None.
+    """
     from ase import Atoms
 
     factory = load_object(job["calculator"], job["folder"])
@@ -50,14 +58,44 @@ def _calculator(job: dict[str, Any]) -> Any:
     atoms = Atoms(job["species"], cell=job["cell"], pbc=True, positions=job["sites"])
     atoms.calc = calculator
 
-    def calculate(positions: Any) -> tuple[float, Any]:
-        atoms.set_positions(positions)
-        forces = atoms.get_forces()
+    def energy_here() -> float:
         # Electronic smearing: forces belong to the free energy of the electrons, where a calculator knows it.
         energy = calculator.results.get("free_energy") if hasattr(calculator, "results") else None
-        return float(atoms.get_potential_energy() if energy is None else energy), forces.copy()
+        return float(atoms.get_potential_energy() if energy is None else energy)
+
+    def calculate(positions: Any, cell: Any) -> tuple[float, Any, Any]:
+        if cell is not None:
+            atoms.set_cell(cell)
+        atoms.set_positions(positions)
+        forces = atoms.get_forces()
+        return energy_here(), forces.copy(), None if cell is None else _virial(atoms)
 
     return calculate
+
+
+def _virial(atoms: Any) -> np.ndarray:
+    """Derivative of the energy with respect to strain (3, 3) [eV]; by differences if the calculator has no stress."""
+    from ase.calculators.calculator import PropertyNotImplementedError
+
+    try:
+        return atoms.get_volume() * atoms.get_stress(voigt=False)
+    except (NotImplementedError, PropertyNotImplementedError):
+        pass
+    virial, cell, positions = np.empty((3, 3)), atoms.cell.array.copy(), atoms.positions.copy()
+    for a in range(3):
+        for b in range(a + 1):
+            energies = []
+            for sign in (1, -1):
+                strained = np.eye(3)
+                strained[a, b] += sign * _STRAIN / 2
+                strained[b, a] += sign * _STRAIN / 2
+                atoms.set_cell(cell @ strained)
+                atoms.set_positions(positions @ strained)
+                energies.append(atoms.get_potential_energy())
+            virial[a, b] = virial[b, a] = (energies[0] - energies[1]) / (2 * _STRAIN)
+    atoms.set_cell(cell)
+    atoms.set_positions(positions)
+    return virial
 
 
 def _send(outgoing: BinaryIO, message: Any) -> None:

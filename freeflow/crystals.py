@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from freeflow.cells import CELL_MOTIONS, CellMotion, deformation
+from freeflow.cells import CELL_MOTIONS, LARGEST_STRETCH, CellMotion, deformation
 from freeflow.errors import InputError
 from freeflow.geometry import (
     LATTICES,
@@ -22,10 +22,9 @@ from freeflow.geometry import (
     face_distances,
     is_orthorhombic,
     nearest_neighbour_distance,
-    neighbour_table,
     smith_form,
 )
-from freeflow.isobaric import cell_constant, isobaric_target, reach_of_tables
+from freeflow.isobaric import cell_constant, isobaric_ensemble
 from freeflow.potentials import (
     CrystalEnergy,
     External,
@@ -34,6 +33,7 @@ from freeflow.potentials import (
     SpeciesPairs,
     bind,
     check,
+    check_strained,
     on_crystal,
 )
 from freeflow.symmetries import crystal_operations, primitive_cell
@@ -250,10 +250,12 @@ def crystal_system(
         # The energy is good for every displacement that still counts as this crystal.
         target = crystal_ensemble(energy.relative(spacing, "float64"), reach=0.5 * spacing)
     else:
-        motion = _motion(cell_motion, crystal, potential, nearest_image_only)
-        assert isinstance(potential, Potential)
-        wide = neighbour_table(crystal, reach_of_tables(potential.cutoff, spacing))
-        target = isobaric_target(potential, wide, crystal, motion, reach=0.5 * spacing)
+        motion = _motion(cell_motion, crystal, nearest_image_only)
+        if isinstance(potential, External):
+            check_strained(potential, crystal, 1.0 / beta, motion.basis)
+        # Every pair of the ensemble, which ends at half the spacing and at the largest stretch.
+        deformed = energy.deformed(math.exp(LARGEST_STRETCH), spacing, "float64")
+        target = isobaric_ensemble(deformed, n, crystal.volume, motion, reach=0.5 * spacing)
         constants["pressure"] = beta * pressure * crystal.volume
         constants["cell"] = cell_constant(crystal.volume, mean_wavelength)
     return System(
@@ -339,11 +341,9 @@ def _with_wavelengths(system: System) -> dict[str, Any]:
     return {**values, "thermal_wavelength": dict(system.wavelengths)}
 
 
-def _motion(name: str, crystal: Crystal, potential: Any, nearest_image_only: bool) -> CellMotion:
+def _motion(name: str, crystal: Crystal, nearest_image_only: bool) -> CellMotion:
     if name not in CELL_MOTIONS:
         raise InputError(f"cell_motion: no motion {name!r}; use one of {', '.join(CELL_MOTIONS)}")
-    if not isinstance(potential, Potential):
-        raise InputError("pressure: cells move under lennard_jones (one species), wca and stillinger_weber only")
     if nearest_image_only:
         raise InputError("cell_motion: nearest_image_only works in a fixed cell only; use a larger box instead")
     if name == "orthorhombic" and not is_orthorhombic(crystal.cell):

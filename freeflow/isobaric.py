@@ -29,8 +29,6 @@ from freeflow.cells import (
     strain_of,
     within_reach,
 )
-from freeflow.geometry import NeighbourTable
-from freeflow.potentials import Potential, deformed_energy
 from freeflow.references import CellGaussian, DisplacementFit, Gaussian, GaussianCrystal, gaussian_crystal
 from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, System, ThermodynamicState
 
@@ -81,34 +79,12 @@ def log_measure(strain: Float[Array, "3 3"], n_atoms: int, motion: CellMotion) -
     return value + log_shape_measure(strain) if motion.n_strains == 6 else value
 
 
-def isobaric_target(
-    potential: Potential,
-    table: NeighbourTable,
-    crystal: Crystal,
-    motion: CellMotion,
-    dtype: str = "float64",
-    reach: float | None = None,
-) -> Ensemble:
-    """The ensemble of a crystal whose sites and cell are the reference; see `isobaric_ensemble`.
-
-    A table in the reference cell that holds all pairs up to exp(LARGEST_STRETCH) times the cutoff plus twice the reach
-    misses no pair inside.
-    """
-    energy = deformed_energy(potential, table, dtype)
-    return isobaric_ensemble(energy, crystal.n_atoms, crystal.volume, motion, reach)
-
-
 def cell_constant(volume: float, thermal_wavelength: float) -> float:
     """What the cell adds to beta G outside the integral over orthonormal strain coordinates [kT].
 
     dV = V d(ln V), the trace of the strain is sqrt(3) times its first coordinate, and volumes are in units of Lambda^3.
     """
     return -math.log(math.sqrt(3.0) * volume / thermal_wavelength**3)
-
-
-def reach_of_tables(cutoff: float, spacing: float) -> float:
-    """Radius of a neighbour table that holds every pair of the ensemble that ends at half the spacing [length]."""
-    return cutoff * math.exp(LARGEST_STRETCH) + spacing
 
 
 # ----------------------------------------------------------------------------- references

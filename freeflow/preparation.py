@@ -21,7 +21,7 @@ from freeflow.cells import CELL_MOTIONS
 from freeflow.crystals import crystal_ensemble, energy_of, strained_system
 from freeflow.errors import InputError
 from freeflow.flows import Flow, pulled_back
-from freeflow.geometry import nearest_neighbour_distance, neighbour_table
+from freeflow.geometry import nearest_neighbour_distance
 from freeflow.potentials import External, many_body
 from freeflow.references import Fit, Gaussian, GaussianCrystal
 from freeflow.result import format_with_error
@@ -286,8 +286,8 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
     if motion is None:
         cheap = crystal_ensemble(energy.relative(reach, precision))
     else:
-        near = neighbour_table(crystal, _CELL_SKIN * system.potential.cutoff + reach)
-        cheap = isobaric.isobaric_target(system.potential, near, crystal, motion, precision)
+        deformed = energy.deformed(_CELL_SKIN, reach, precision)
+        cheap = isobaric.isobaric_ensemble(deformed, crystal.n_atoms, crystal.volume, motion)
     transport = bridges.bridge(recipe, seen(cheap), precision)
     good = batch_size(system.potential, crystal.n_atoms)
     batch = batch or fitting_batch(system.potential, crystal.n_atoms, precision)

@@ -77,6 +77,16 @@ class Dies(LennardJones):
             raise RuntimeError("no convergence\\nafter 100 steps")
 
 
+class NoStress(LennardJones):
+    implemented_properties = ["energy", "energies", "forces", "free_energy"]
+
+    def __init__(self):
+        super().__init__(rc=1.4)
+
+
+cut = lambda: LennardJones(rc=1.4)
+
+
 def unwilling():
     raise ValueError("no licence")
 
@@ -130,6 +140,42 @@ def test_a_function_equals_the_built_in_kind(folder):
     # Gradients that were written by hand have no second derivative: finite differences then.
     by_hand = on_crystal(python_potential("mine:by_hand", {}, folder), crystal)
     np.testing.assert_allclose(by_hand.force_constants(np.arange(1)), exact[:, :, :3], atol=2e-3 * np.abs(exact).max())
+
+
+LJ_IN_CELL = [
+    pytest.param(lambda folder: python_potential("mine:lj", {"cutoff": 1.4}, folder), 0.0, id="python"),
+    pytest.param(lambda folder: ase_potential("mine:cut", {}, folder, 1), 0.0, id="ase"),
+    pytest.param(lambda folder: ase_potential("mine:NoStress", {}, folder, 1), 1e-5, id="ase without stress"),
+]
+
+
+@pytest.mark.parametrize(("make", "rounding"), LJ_IN_CELL)
+def test_in_a_deformed_cell_it_equals_the_built_in_kind(folder, make, rounding):
+    """Energy, forces and the derivative with respect to F; of stretches, as the function knows no more."""
+    crystal = lattice_crystal("fcc", (2, 2, 2), number_density=1.2)
+    stretch = np.random.default_rng(2).uniform(-0.03, 0.03, (3, 3))
+    u, f = 0.03 * np.random.default_rng(3).standard_normal((3, 32, 3)), np.eye(3) * (1 + stretch)[:, None]
+    found = []
+    for potential in (lennard_jones(cutoff=1.4), make(folder)):
+        energy = on_crystal(potential, crystal).deformed(1.1, 1.0, "float64")
+        value = jax.jit(jax.vmap(jax.value_and_grad(energy, (0, 1))))
+        found.append(value(jnp.asarray(u), jnp.asarray(f)))
+    (e, (by_u, by_f)), (other, (its_u, its_f)) = found
+    np.testing.assert_allclose(other, e, rtol=1e-9)
+    np.testing.assert_allclose(its_u, by_u, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        np.einsum("naa->na", its_f), np.einsum("naa->na", by_f), atol=1e-8 + rounding * np.abs(by_f).max()
+    )
+
+
+def test_a_pressure_needs_a_potential_that_follows_its_cell(folder):
+    more = "pressure: 1.0\n"
+    sound = '{kind: python, function: "mine:lj", arguments: {cutoff: 1.4}}'
+    assert ff.load(write(folder, sound, more=more)).cell_motion == "isotropic"
+    with pytest.raises(InputError, match="by_hand is not the slope of its energy as the cell is strained"):
+        ff.load(write(folder, '{kind: python, function: "mine:by_hand"}', more=more))
+    with pytest.raises(InputError, match="mine:lj is not periodic in a strained cell"):  # it knows no shear
+        ff.load(write(folder, sound, more=more + "cell_motion: triclinic\n"))
 
 
 def test_batches_that_need_much_memory_go_piece_by_piece(folder, monkeypatch):

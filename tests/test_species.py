@@ -51,6 +51,16 @@ def brute_force(terms, crystal, u):
     return total
 
 
+def test_in_a_deformed_cell_the_energy_is_that_of_the_deformed_crystal():
+    potential, stretch = SpeciesPairs("born_mayer", TERMS), 1.02
+    small, large = (on_crystal(potential, rock_salt((2, 2, 2), a)) for a in (5.6, 5.6 * stretch))
+    energy = small.deformed(1.1, 1.0, "float64")
+    at_rest = jnp.zeros((64, 3))
+    found = float(energy(at_rest, stretch * jnp.eye(3)))
+    assert found == pytest.approx(large.lattice_energy() - small.lattice_energy(), rel=1e-9)
+    assert float(energy(at_rest, jnp.eye(3))) == pytest.approx(0, abs=1e-12)
+
+
 def test_energies_are_sums_over_pairs_of_species():
     crystal = rock_salt((2, 2, 2), 5.6)
     potential = SpeciesPairs("born_mayer", TERMS)

@@ -10,7 +10,7 @@ from freeflow.potentials.core import (
 )
 from freeflow.potentials.curvature import force_constants
 from freeflow.potentials.deformed import deformed_energy
-from freeflow.potentials.external import External, ase_potential, check, python_potential
+from freeflow.potentials.external import External, ase_potential, check, check_strained, python_potential
 from freeflow.potentials.pair import lennard_jones, wca
 from freeflow.potentials.species import SpeciesPairs, born_mayer
 from freeflow.potentials.three_body import stillinger_weber
@@ -26,6 +26,7 @@ __all__ = [
     "bind",
     "born_mayer",
     "check",
+    "check_strained",
     "deformed_energy",
     "energy_and_gradient",
     "force_constants",

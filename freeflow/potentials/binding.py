@@ -15,7 +15,14 @@ from jaxtyping import Float
 from freeflow.geometry import NeighbourTable, nearest_image_table, neighbour_table
 from freeflow.potentials.core import Potential, atomic_energies_at_rest, bind
 from freeflow.potentials.curvature import force_constants
-from freeflow.potentials.external import External, force_constants_of, lattice_energy_of, relative_energy
+from freeflow.potentials.deformed import DeformedEnergy, deformed_energy
+from freeflow.potentials.external import (
+    External,
+    deformed_external,
+    force_constants_of,
+    lattice_energy_of,
+    relative_energy,
+)
 from freeflow.potentials.species import Pair, SpeciesPairs
 from freeflow.types import Crystal, Numeric
 
@@ -29,6 +36,9 @@ class CrystalEnergy:
     # (reach, dtype) -> energy relative to the lattice, differentiable once. It misses no pair whose distance changes
     # by up to `reach` [length].
     relative: Callable[[float, str], RelativeEnergy]
+    # (stretch, reach, dtype) -> the same of displacements and a deformation of the cell. It misses no pair of sites up
+    # to stretch times the cutoff plus reach [length].
+    deformed: Callable[[float, float, str], DeformedEnergy]
     lattice_energy: Callable[[], float]  # of the perfect lattice [energy]
     # Hessian columns at the lattice (n_atoms, 3, 3 n) for n given atoms [energy/length**2], and what they cost in
     # evaluations of energy and forces.
@@ -73,6 +83,9 @@ def _from_tables(
 
     return CrystalEnergy(
         relative=lambda reach, dtype: bind(potential, table(reach), dtype, at_rest()),
+        deformed=lambda stretch, reach, dtype: deformed_energy(
+            potential, table((stretch - 1) * potential.cutoff + reach), dtype
+        ),
         lattice_energy=lambda: float(at_rest().sum()),
         force_constants=lambda atoms: force_constants(potential, table(margin), atoms),
     )
@@ -82,6 +95,7 @@ def _from_external(potential: External, crystal: Crystal) -> CrystalEnergy:
     evaluator = potential.on(crystal)
     return CrystalEnergy(
         relative=lambda reach, dtype: relative_energy(potential, crystal),
+        deformed=lambda stretch, reach, dtype: deformed_external(potential, crystal),
         lattice_energy=lambda: lattice_energy_of(potential, crystal),
         force_constants=lambda atoms: force_constants_of(potential, crystal, atoms),
         require=evaluator.require,
@@ -94,8 +108,13 @@ def _sum(terms: list[CrystalEnergy]) -> CrystalEnergy:
         energies = [term.relative(reach, dtype) for term in terms]
         return lambda u: sum((energy(u) for energy in energies[1:]), energies[0](u))
 
+    def deformed(stretch: float, reach: float, dtype: str) -> DeformedEnergy:
+        energies = [term.deformed(stretch, reach, dtype) for term in terms]
+        return lambda u, f: sum((energy(u, f) for energy in energies[1:]), energies[0](u, f))
+
     return CrystalEnergy(
         relative=relative,
+        deformed=deformed,
         lattice_energy=lambda: math.fsum(term.lattice_energy() for term in terms),
         force_constants=lambda atoms: np.sum([term.force_constants(atoms) for term in terms], axis=0),
     )

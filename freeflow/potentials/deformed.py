@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
 from freeflow.potentials.core import RUN_ONCE, Potential
-from freeflow.types import in_double_precision
+from freeflow.types import Numeric, in_double_precision
 
 DeformedEnergy = Callable[[Float[Array, "n 3"], Float[Array, "3 3"]], Float[Array, ""]]
 
@@ -71,19 +71,31 @@ def deformed_energy(potential: Potential, table: NeighbourTable, dtype: str = "f
         by_f = jnp.einsum("abk,cbk->ack", sums.virial, _inverse(deformation))
         return total, by_u.astype(u.dtype), by_f.astype(f.dtype)
 
+    def one_batch(u: Numeric, f: Numeric) -> tuple[Array, Array, Array]:
+        total, by_u, by_f = batched(jnp.moveaxis(u, 0, -1), jnp.moveaxis(f, 0, -1))
+        return total, jnp.moveaxis(by_u, -1, 0), jnp.moveaxis(by_f, -1, 0)
+
+    return differentiable(one_batch)
+
+
+def differentiable(batched: Callable[[Array, Array], tuple[Array, Array, Array]]) -> DeformedEnergy:
+    """An energy from a function of batches (batch, n_atoms, 3), (batch, 3, 3) that returns the gradients, too.
+
+    It is differentiable once in both, and vmap evaluates whole batches.
+    """
+
     @jax.custom_batching.custom_vmap
     def one(u, f):
-        energy, by_u, by_f = batched(u[:, :, None], f[:, :, None])
-        return energy[0], by_u[:, :, 0], by_f[:, :, 0]
+        energy, by_u, by_f = batched(u[None], f[None])
+        return energy[0], by_u[0], by_f[0]
 
     @one.def_vmap
     def _(axis_size, in_batched, u, f):
         u, f = (
-            jnp.moveaxis(x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape)), 0, -1)
+            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
             for x, is_batched in zip((u, f), in_batched, strict=True)
         )
-        energy, by_u, by_f = batched(u, f)
-        return (energy, jnp.moveaxis(by_u, -1, 0), jnp.moveaxis(by_f, -1, 0)), (True, True, True)
+        return batched(u, f), (True, True, True)
 
     @jax.custom_vjp
     def energy(u, f):

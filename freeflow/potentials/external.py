@@ -20,12 +20,15 @@ from jaxtyping import Array, Float
 
 from freeflow.errors import InputError
 from freeflow.geometry import nearest_neighbour_distance
+from freeflow.potentials.deformed import DeformedEnergy, differentiable
 from freeflow.potentials.host import Job, shared_pool
-from freeflow.types import Crystal, in_double_precision
+from freeflow.types import Crystal, Numeric, double_precision, in_double_precision
 from freeflow.user_code import in_one_line, load_object
 
 # Positions (batch, n_atoms, 3) -> energies (batch,) and gradients (batch, n_atoms, 3).
 EvaluateBatch = Callable[[Array], tuple[Array, Array]]
+# The same in cells (batch, 3, 3) of their own; and virials (batch, 3, 3), derivatives with respect to strain.
+EvaluateInCells = Callable[[Array, Array], tuple[Array, Array, Array]]
 
 _MEMORY = 2**28  # bytes that a batch of a Python function may need besides its results
 _STEP = 4e-3  # displacement for finite differences of forces, in nearest-neighbour distances
@@ -37,6 +40,7 @@ class Evaluator(NamedTuple):
     """An external energy on one crystal."""
 
     evaluate: EvaluateBatch
+    evaluate_in_cells: EvaluateInCells
     hessian_columns: Callable[[np.ndarray], np.ndarray] | None  # exact ones, where they can be had
     require: Callable[[], None]  # raises what went wrong outside JAX
 
@@ -80,8 +84,15 @@ def python_potential(function: str, arguments: Mapping[str, Any], folder: str | 
         told = {"species": crystal.species} if _takes_species(code) else {}
         cell = np.array(crystal.cell)
 
+        def in_cell(positions: Array, cell: Array) -> Array:
+            return code(positions, cell, **arguments, **told)
+
         def energy(positions: Array) -> Array:
-            return code(positions, jnp.asarray(cell), **arguments, **told)
+            return in_cell(positions, jnp.asarray(cell))
+
+        def strained(positions: Array, cell: Array) -> tuple[Array, Array, Array]:
+            value, (by_positions, by_cell) = jax.value_and_grad(in_cell, (0, 1))(positions, cell)
+            return value, by_positions, by_positions.T @ positions + by_cell.T @ cell
 
         n_bytes = _require_traceable(energy, crystal, function)
         both = jax.value_and_grad(energy)
@@ -92,7 +103,14 @@ def python_potential(function: str, arguments: Mapping[str, Any], folder: str | 
                 return jax.vmap(both)(positions)
             return jax.lax.map(both, positions, batch_size=at_once)
 
-        return Evaluator(evaluate, lambda atoms: _autodiff_columns(energy, crystal, atoms), lambda: None)
+        def evaluate_in_cells(positions: Array, cells: Array) -> tuple[Array, Array, Array]:
+            if len(positions) <= at_once:
+                return jax.vmap(strained)(positions, cells)
+            return jax.lax.map(lambda one: strained(*one), (positions, cells), batch_size=at_once)
+
+        return Evaluator(
+            evaluate, evaluate_in_cells, lambda atoms: _autodiff_columns(energy, crystal, atoms), lambda: None
+        )
 
     return External(function, evaluator, False, {"function": function, "arguments": dict(arguments)})
 
@@ -171,22 +189,35 @@ def ase_potential(
         job = Job(calculator, dict(arguments), str(folder), crystal.species, crystal.cell, crystal.sites)
         pool = shared_pool(job, workers)
 
-        # XLA's threads, which callbacks run in, do not know that double precision is switched on, and would round what
-        # passes to float32. So numbers go to and fro as pairs of whole numbers.
-        def outside(words: Any) -> tuple[np.ndarray, np.ndarray]:
-            energies, gradients = pool.evaluate(np.ascontiguousarray(words).view(np.float64)[..., 0])
-            return tuple((unit * numbers)[..., None].view(np.uint32) for numbers in (energies, gradients))  # pyright: ignore[reportReturnType]
-
         def evaluate(positions: Array) -> tuple[Array, Array]:
-            shapes = ((*positions.shape[:1], 2), (*positions.shape, 2))
-            result = tuple(jax.ShapeDtypeStruct(shape, "uint32") for shape in shapes)
-            words = jax.pure_callback(outside, result, jax.lax.bitcast_convert_type(positions, jnp.uint32))
-            energies, gradients = (jax.lax.bitcast_convert_type(word, jnp.float64) for word in words)
-            return energies, gradients
+            shapes = positions.shape[:1], positions.shape
+            return _outside(pool.evaluate, unit, shapes, positions)  # pyright: ignore[reportReturnType]
 
-        return Evaluator(evaluate, None, pool.require)
+        def evaluate_in_cells(positions: Array, cells: Array) -> tuple[Array, Array, Array]:
+            shapes = positions.shape[:1], positions.shape, cells.shape
+            return _outside(pool.evaluate_in_cells, unit, shapes, positions, cells)  # pyright: ignore[reportReturnType]
+
+        return Evaluator(evaluate, evaluate_in_cells, None, pool.require)
 
     return External(calculator, evaluator, True, {"calculator": calculator, "arguments": dict(arguments)})
+
+
+def _outside(
+    function: Callable[..., tuple[np.ndarray, ...]], unit: float, shapes: tuple[tuple[int, ...], ...], *given: Array
+) -> tuple[Array, ...]:
+    """What a function on the host makes of float64 arrays, times `unit`.
+
+    XLA's threads, which callbacks run in, do not know that double precision is switched on, and would round what passes
+    to float32. So numbers go to and fro as pairs of whole numbers.
+    """
+
+    def call(*words: Any) -> tuple[np.ndarray, ...]:
+        numbers = function(*(np.ascontiguousarray(word).view(np.float64)[..., 0] for word in words))
+        return tuple((unit * part)[..., None].view(np.uint32) for part in numbers)
+
+    result = tuple(jax.ShapeDtypeStruct((*shape, 2), "uint32") for shape in shapes)
+    words = jax.pure_callback(call, result, *(jax.lax.bitcast_convert_type(part, jnp.uint32) for part in given))
+    return tuple(jax.lax.bitcast_convert_type(word, jnp.float64) for word in words)
 
 
 # ------------------------------------------------------------------------------ on a crystal
@@ -219,6 +250,22 @@ def relative_energy(potential: External, crystal: Crystal) -> Callable[[Array], 
 
     energy.defvjp(one, backward)
     return energy
+
+
+def deformed_external(potential: External, crystal: Crystal) -> DeformedEnergy:
+    """The same of displacements and a deformation F of the crystal: see `freeflow.potentials.deformed_energy`."""
+    evaluate, sites, cell = potential.on(crystal).evaluate_in_cells, np.asarray(crystal.sites), np.array(crystal.cell)
+    at_rest = lattice_energy_of(potential, crystal)
+
+    def batched(u: Numeric, f: Numeric) -> tuple[Array, Array, Array]:
+        f64 = f.astype("float64")
+        turned = jnp.swapaxes(f64, 1, 2)
+        positions = (jnp.asarray(sites)[None] + u.astype("float64")) @ turned
+        energies, gradients, virials = evaluate(positions, jnp.asarray(cell)[None] @ turned)
+        by_f = virials @ jnp.swapaxes(jnp.linalg.inv(f64), 1, 2)
+        return energies - at_rest, (gradients @ f64).astype(u.dtype), by_f.astype(f.dtype)
+
+    return differentiable(batched)
 
 
 def lattice_energy_of(potential: External, crystal: Crystal) -> float:
@@ -314,4 +361,50 @@ def check(potential: External, crystal: Crystal, kt: float) -> None:
     if abs(slope - expected) > 0.05 * size + noise:
         raise InputError(
             f"potential: the forces of {name} are not the slope of its energy ({expected:.4g}, {slope:.4g})"
+        )
+
+
+_STRAIN, _STRAINED = 1e-4, 0.02  # for differences of energies; where `check_strained` looks
+
+
+def check_strained(potential: External, crystal: Crystal, kt: float, basis: Float[np.ndarray, "n 3 3"]) -> None:
+    """Whether an external energy is a crystal's as the cell is strained. Four evaluations.
+
+    It must be periodic in the strained cell, and its virial must be its slope.
+
+    Args:
+        potential: What to look at.
+        crystal: Where.
+        kt: The thermal energy [energy].
+        basis: Strains that the cell takes.
+
+    Raises:
+        InputError: If it is not; one line.
+        CalculatorError: If a calculator fails.
+    """
+    rng = np.random.default_rng(1)
+    u = _DISPLACEMENT * nearest_neighbour_distance(crystal) * rng.standard_normal(crystal.sites.shape)
+    strain = np.tensordot(rng.uniform(0.5, 1.0, len(basis)), basis, 1)
+    size = np.array([_STRAINED, _STRAINED, _STRAINED + _STRAIN, _STRAINED - _STRAIN])
+    f = np.eye(3) + size[:, None, None] * strain
+    cells, positions = crystal.cell @ f, (crystal.sites + u) @ f
+    positions[1] += rng.integers(-1, 2, u.shape) @ cells[1]
+    evaluator = potential.on(crystal)
+    with double_precision(), jax.ensure_compile_time_eval():
+        found = jax.jit(evaluator.evaluate_in_cells)(jnp.asarray(positions), jnp.asarray(cells))
+        energies, _, virials = (np.asarray(part) for part in found)
+    evaluator.require()
+    if not abs(energies[1] - energies[0]) <= 0.01 * kt + 1e-6 * abs(energies[0]):
+        raise InputError(
+            f"potential: {potential.name} is not periodic in a strained cell; it must follow its cell to be put under "
+            "pressure"
+        )
+    # dU along 1 + t e is tr(W (1 + t e)^-1 e).
+    along = np.linalg.solve(f[0], strain)
+    slope, expected = (energies[2] - energies[3]) / (2 * _STRAIN), float(np.sum(virials[0] * along))
+    allowed = 0.05 * float(np.linalg.norm(virials[0]) * np.linalg.norm(along)) / 3
+    if not abs(slope - expected) <= allowed + 1e-9 * abs(energies[0]) / _STRAIN + 0.1 * kt:
+        raise InputError(
+            f"potential: the stress of {potential.name} is not the slope of its energy as the cell is strained "
+            f"({expected:.4g}, {slope:.4g}); it must follow its cell to be put under pressure"
         )

@@ -48,14 +48,25 @@ class Pool:
         self, positions: Float[np.ndarray, "batch n_atoms 3"]
     ) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, "batch n_atoms 3"]]:
         """Energies [eV] and gradients [eV/angstrom]; NaN once the pool has failed."""
+        energies, gradients, _ = self._answers(positions, None)
+        return energies, gradients
+
+    def evaluate_in_cells(
+        self, positions: Float[np.ndarray, "batch n_atoms 3"], cells: Float[np.ndarray, "batch 3 3"]
+    ) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, "batch n_atoms 3"], Float[np.ndarray, "batch 3 3"]]:
+        """The same in cells of their own, and the virials dU/d(strain) [eV]."""
+        return self._answers(positions, cells)
+
+    def _answers(self, positions: np.ndarray, cells: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with self._lock:
             if self.failure is None:
                 try:
-                    return self._evaluate(np.asarray(positions, np.float64))
+                    return self._evaluate(np.asarray(positions, np.float64), cells)
                 except CalculatorError as error:
                     self.failure = error
                     _end(self._workers)
-        return np.full(len(positions), np.nan), np.full(positions.shape, np.nan)
+        n = len(positions)
+        return np.full(n, np.nan), np.full(positions.shape, np.nan), np.full((n, 3, 3), np.nan)
 
     def require(self) -> None:
         """Nothing, unless the pool has failed.
@@ -66,15 +77,17 @@ class Pool:
         if self.failure is not None:
             raise CalculatorError(str(self.failure))
 
-    def _evaluate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _evaluate(self, positions: np.ndarray, cells: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n = min(len(positions), self._n_workers)
         while len(self._workers) < n:
             self._start()
         parts = np.array_split(positions, n)
-        for worker, part in zip(self._workers, parts, strict=False):
-            self._send(worker, part)
+        boxes = [None] * n if cells is None else np.array_split(cells, n)
+        for worker, part, box in zip(self._workers, parts, boxes, strict=False):
+            self._send(worker, (part, box))
         answers = [answer for worker, _ in zip(self._workers, parts, strict=False) for answer in self._receive(worker)]
-        return np.array([energy for energy, _ in answers]), -np.array([forces for _, forces in answers])
+        energies, forces, virials = zip(*answers, strict=True)
+        return np.array(energies), -np.array(forces), np.array([] if cells is None else virials)
 
     def _start(self) -> None:
         # A worker finds what this process finds, and leaves the other cores to the others.
