@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-test estimate test slow lint types docs format build bench clean
+.PHONY: help install install-test estimate test slow lint types docs format build wheel-test bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,16 @@ format: $(VENV)/.installed-test  ## mend style and format
 build: $(VENV)/.installed  ## build the sdist and the wheel into dist/
 	@$(PIP_INSTALL) build
 	$(BIN)/python -m build --outdir dist .
+
+wheel-test: build  ## install the wheel and the sdist into empty environments and run them
+	for package in dist/freeflow-*.whl dist/freeflow-*.tar.gz; do \
+	  place=$$(mktemp -d) && $(PYTHON) -m venv $$place && \
+	  $$place/bin/python -m pip install -qq --disable-pip-version-check --no-input $$package && \
+	  (cd $$place && bin/freeflow --version && bin/freeflow validate mw_cubic_8 >/dev/null && \
+	   bin/freeflow estimate mw_cubic_8 --checkpoint shipped --target-error 0.01 --quiet --no-cache && \
+	   bin/python -c "import freeflow, pathlib; assert (pathlib.Path(freeflow.__file__).parent / 'py.typed').is_file()") && \
+	  rm -rf $$place || exit 1; \
+	done
 
 bench: $(VENV)/.installed-bench  ## run the benchmark suite; ARGS are passed on (--quick, kernels, ...)
 	$(BIN)/python -m benchmarks --table bench.md --json bench.json $(ARGS)

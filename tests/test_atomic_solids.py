@@ -86,7 +86,9 @@ def modulo_one(difference):
 # ------------------------------------------------------------------------- free energies
 
 
-@pytest.mark.parametrize(("name", "scale"), [("cubic", 0.003), ("hexagonal", 0.0005)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [pytest.param("cubic", 0.003, marks=pytest.mark.slow), ("hexagonal", 0.0005)]
+)
 def test_exponential_average_gives_a_known_free_energy(name, scale):
     """Measure, cell, truncation and log det together, whatever the parameters; 5 sigma, 1 in 10^6."""
     # The spheres end where the springs leave one atom in 10^5.
@@ -203,7 +205,7 @@ def test_flow_is_permutation_equivariant_and_periodic(seed):
     np.testing.assert_allclose(moved_log_det, log_det, atol=1e-10)
 
 
-@pytest.mark.parametrize("n_layers", [2, 3])
+@pytest.mark.parametrize("n_layers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_log_det_is_that_of_the_jacobian(n_layers):
     _, params, forward, _ = tiny_flow(n_layers=n_layers)
     x = jnp.asarray(np.random.default_rng(5).random((7, 3)))

@@ -499,6 +499,9 @@ def test_scaled():
     y, log_det = scaled([[2.0, -0.5, 3.0]], 0.25).forward((), jnp.ones((4, 3)), STATE)
     np.testing.assert_allclose(y, np.tile([2.25, -0.25, 3.25], (4, 1)))
     assert float(log_det) == pytest.approx(4 * math.log(3))
+    x, back_log_det = scaled([[2.0, -0.5, 3.0]], 0.25).inverse((), y, STATE)
+    np.testing.assert_allclose(x, np.ones((4, 3)))
+    assert float(back_log_det) == pytest.approx(-4 * math.log(3))
 
 
 def test_an_empty_chain_is_the_identity():

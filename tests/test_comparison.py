@@ -174,7 +174,7 @@ def test_a_trajectory_of_no_such_crystal(small, folder, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "lbar"])
+@pytest.mark.parametrize("loss", [pytest.param("forward_kl", marks=pytest.mark.slow), "lbar"])
 def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md, loss):
     training_ = {"loss": loss, "max_steps": 150, "batch_size": 16, "learning_rate": 0.01}
     flow = {"architecture": "residual", "n_sweeps": 1, "width": 8, "depth": 1, "training": training_}
@@ -293,7 +293,7 @@ def test_json_is_plain_and_complete(sound):
     ("change", "what"),
     [
         ({"temperature": 220.0}, "ten per cent hotter"),
-        ({"temperature": 180.0}, "ten per cent colder"),
+        pytest.param({"temperature": 180.0}, "ten per cent colder", marks=pytest.mark.slow),
         ({"potential": {"kind": "stillinger_weber", "lambda": 26.0}}, "stiffer angles"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from freeflow.types import DifferencePlan, FlowPlan, Plan, Published, TrainingPlan, TrajectoryPlan
 
 MAX_CELLS = 100_000
+_SHORTEST = 1e-100  # cutoff whose inverse can be squared
 
 # Parameters in the units that they were published in, under `units`.
 STILLINGER_WEBER_PRESETS: dict[str, dict[str, Any]] = {
@@ -272,9 +273,9 @@ class PairsSection(PotentialSection):
         make = {"lennard_jones": potentials.lennard_jones, "born_mayer": potentials.born_mayer}[self._kind]
         values = self.parameters()
         if "pairs" not in values:
-            return make(**values)
+            return _with_numbers(make, values)
         terms = {
-            (min(a, b), max(a, b)): make(**numbers, shift=values["shift"])
+            (min(a, b), max(a, b)): _with_numbers(make, {**numbers, "shift": values["shift"]})
             for (a, b), numbers in ((name.split("-"), numbers) for name, numbers in values["pairs"].items())
         }
         return potentials.SpeciesPairs(self._kind, terms)
@@ -282,6 +283,19 @@ class PairsSection(PotentialSection):
     @property
     def _kind(self) -> str:
         return self.kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _with_numbers(make: Callable[..., Potential], numbers: dict[str, Any]) -> Potential:
+    """The potential, if it has an energy at its cutoff."""
+    import numpy as np
+
+    try:
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            if numbers["cutoff"] > _SHORTEST:
+                return make(**numbers)
+    except ArithmeticError:
+        pass
+    raise InputError(f"potential.cutoff: the energy at {numbers['cutoff']:g} is beyond numbers")
 
 
 class LennardJonesPair(Section):
