@@ -15,7 +15,14 @@ import freeflow
 from freeflow.cells import CELL_MOTIONS, Strained, strain_of
 from freeflow.crystals import lattice_crystal, strained_system
 from freeflow.estimators import fep, record
-from freeflow.isobaric import IsobaricFit, isobaric_crystal, isobaric_ensemble, start_fit, strain_operations
+from freeflow.isobaric import (
+    IsobaricFit,
+    cell_constant,
+    isobaric_crystal,
+    isobaric_ensemble,
+    start_fit,
+    strain_operations,
+)
 from freeflow.preparation import fit_reference, prepared
 from freeflow.references import DisplacementFit, converged
 from freeflow.types import ThermodynamicState
@@ -41,7 +48,7 @@ def log_ideal_gas(n_atoms, used):
     reduced = jax.jit(lambda c: ensemble.reduced_potential(Strained(rest, strain_of(motion, c)), state(1, 1)))
     # The ensemble counts from p V_ref on, and the strain coordinate is ln(V / V_ref) / sqrt(3).
     value, _ = quad(lambda c: math.exp(-float(reduced(jnp.array([c])))), -0.3, 0.3, epsrel=1e-10, limit=200)
-    return math.log(value * math.sqrt(3) * volume) + n_atoms * math.log(volume) - volume
+    return math.log(value) - cell_constant(volume, 1.0) + n_atoms * math.log(volume) - volume
 
 
 def test_volume_integral_of_the_ideal_gas():

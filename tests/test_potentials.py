@@ -19,6 +19,7 @@ from freeflow.potentials import (
     force_constants,
     lattice_energy,
     lennard_jones,
+    on_crystal,
     stillinger_weber,
     wca,
 )
@@ -488,3 +489,22 @@ def test_padding_adds_nothing(name, dtype):
     expected, found = (jax.jit(energy_and_gradient(potential, t, dtype))(u) for t in (table, padded))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
     np.testing.assert_allclose(found[1], expected[1], atol=1e-12)
+
+
+def test_pairs_that_come_within_the_cutoff_count():
+    """A table of the lattice at rest misses them: all pairs at their nearest images, one by one, are the check."""
+    crystal = lattice_crystal("fcc", (4, 4, 4), number_density=1.28)
+    potential, reach = lennard_jones(cutoff=2.5), 0.6
+    rng = np.random.default_rng(4)
+    u = rng.standard_normal((crystal.n_atoms, 3))
+    u *= 0.5 * reach / np.linalg.norm(u, axis=1).max()
+
+    def total(x):
+        i, j = np.triu_indices(crystal.n_atoms, 1)
+        box = np.diag(crystal.cell)
+        d = x[i] - x[j]
+        d -= box * np.round(d / box)  # the cutoff is less than half the box
+        return float(np.sum(potential.pair(jnp.asarray(np.einsum("pk,pk->p", d, d)))))
+
+    energy = on_crystal(potential, crystal).relative(reach, "float64")(jnp.asarray(u))
+    assert float(energy) == pytest.approx(total(crystal.sites + u) - total(crystal.sites), rel=1e-10)
