@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -170,10 +171,14 @@ def test_killed_many_runs_keep_what_had_ended(tmp_path):
     expected = {o.name: o.result for o in many_runs.recalled(tmp_path / "whole").values()}
     rng, known, n_killed = random.Random(2), {}, 0
     for _ in range(N_KILLS):
-        n_killed += killed(tmp_path, rng.uniform(0.1, 0.6) * duration, *words)
+        cut_off = killed(tmp_path, rng.uniform(0.1, 0.6) * duration, *words)
+        n_killed += cut_off
         found = many_runs.recalled(tmp_path / "out") if (tmp_path / "out").exists() else {}
         assert known.items() <= found.items()
         known = found
+        if not cut_off:  # all had ended: begin again, so that there is something to kill
+            shutil.rmtree(tmp_path / "out")
+            known = {}
     assert run(tmp_path, *words)[0] in {0, 3}
     for outcome in many_runs.recalled(tmp_path / "out").values():
         assert outcome.result is not None
