@@ -231,12 +231,14 @@ class Pace:
     """Chooses the segments of a pilot as it goes, and step sizes that keep the acceptance near its aim.
 
     Without a schedule it takes short switches where the work would scatter, never long ones. With
-    a schedule it follows that, correcting the step sizes.
+    a schedule it follows that, correcting the step sizes. If told how many stages there may be, at least and at
+    most, it takes as many, evenly spaced, as the scatter of the work of switching at once asks for.
     """
 
-    def __init__(self, schedule: Schedule | None = None):
+    def __init__(self, schedule: Schedule | None = None, stages: tuple[int, int] | None = None):
         self.lam = 0.0
         self._schedule = schedule
+        self._stages = stages
         self._factor = 1.0
         self._accepted = np.ones(1)  # of the step that fetched the energy
         self._work = np.zeros(1)
@@ -249,6 +251,8 @@ class Pace:
 
     def next(self, difference: np.ndarray) -> Segment:
         """The next segment, from every sample's u_B - u_A where it stands now."""
+        if self._schedule is None and self._stages is not None:
+            self._schedule = even_schedule(int(np.clip(_scatter(difference) ** 2, *self._stages)))
         segment = self._feel(difference) if self._schedule is None else self._follow(self._schedule)
         self._segments.append(segment)
         self.lam = float(segment.stop)
@@ -259,9 +263,7 @@ class Pace:
         return planned._replace(step_size=np.float64(min(planned.step_size * self._factor, _LARGEST_STEP)))
 
     def _feel(self, difference: np.ndarray) -> Segment:
-        # Quantiles: the far tail of a reference's overlaps must not stall the pilot.
-        low, high = np.quantile(difference[np.isfinite(difference)], [0.16, 0.84])
-        switch = min(_LARGEST_SWITCH, _SWITCH_SPREAD / max(0.5 * float(high - low), 1e-9))
+        switch = min(_LARGEST_SWITCH, _SWITCH_SPREAD / max(_scatter(difference), 1e-9))
         if len(self._rows) >= _PATIENCE:  # crossing takes too long: hurry, and let the schedule mend it
             switch *= 2.0 ** (1 + (len(self._rows) - _PATIENCE) / 20)
         stop = self.lam + _FEELER * switch
@@ -283,6 +285,19 @@ class Pace:
         shares, works = (np.array(column) for column in zip(*self._rows, strict=True))
         _, stops, steps, counts = (np.array(column) for column in zip(*self._segments, strict=True))
         return Pilot(np.concatenate([[0.0], stops]), counts, steps, shares, works, lost)
+
+
+def _scatter(difference: np.ndarray) -> float:
+    """Standard deviation of u_B - u_A without its far tail: a reference's overlaps must not stall a pilot."""
+    low, high = np.quantile(difference[np.isfinite(difference)], [0.16, 0.84])
+    return 0.5 * float(high - low)
+
+
+def even_schedule(stages: int, n_segments: int = 16) -> Schedule:
+    """Stages at equal distances in lambda, with a step size to begin with."""
+    n_segments = min(n_segments, stages)
+    cuts = np.linspace(0, stages, n_segments + 1).round().astype(np.int32)
+    return Schedule(cuts / stages, np.full(n_segments, _FIRST_STEP), np.diff(cuts))
 
 
 def friction(pilot: Pilot) -> np.ndarray:

@@ -25,6 +25,7 @@ from freeflow.preparation import (
     Progress,
     Report,
     Run,
+    effort,
     fewest_samples,
     fitting_batch,
     from_frames,
@@ -139,6 +140,7 @@ def carried_out(
         if flow is not None:
             clock.lap("flow")
         batch = fitting_batch(system.potential, system.n_atoms, plan.precision)
+        batch = min(batch, effort(system, plan).largest_batch)
         while True:
             try:
                 with with_reference(system, plan, flow, report, batch) as (run, fit):
@@ -222,7 +224,7 @@ def _estimator(run: Run, samples: Samples) -> Estimator:
 def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equilibrium, report: Report) -> Frames:
     """Reverse work of the frames: of all in memory without a bridge, of independent ones where each has to cross it."""
     stages = int(crossing.schedule.counts.sum())
-    most = 2 * fewest_samples(run.system) if stages else run.plan.max_samples
+    most = 2 * fewest_samples(run.system, run.plan) if stages else run.plan.max_samples
     displacements, inefficiency = frames.frames(min(most, max(2, math.ceil(frames.effective))) if stages else most)
     planned, moved = len(displacements) * max(stages, 1), 0
 
@@ -277,7 +279,7 @@ def _draw(
     """The work of `_sample_until`: fills `samples`, keeps in `jobs` what is under way."""
     plan, sampler, limit = run.plan, run.sampler, crossing.max_samples
     bridged = len(crossing.schedule.counts) > 0
-    fewest = fewest_samples(run.system) if bridged else _MIN_SAMPLES_DIRECT
+    fewest = fewest_samples(run.system, plan) if bridged else _MIN_SAMPLES_DIRECT
     rule = StoppingRule(run.target_error, limit, min_samples=min(fewest, limit))
     told, begun = _Teller(run, crossing.schedule, report), 0
     settle = _SETTLE if plan.estimator == "bar" and samples.frames is None else 0

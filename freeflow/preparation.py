@@ -39,8 +39,8 @@ _WORK_VARIANCE = (0.08, 1.0)
 # bars of mw_cubic_8 were 15 % too small, see tests/test_calibration.py. The work of a crystal of thousands of
 # atoms is a sum over regions that hardly know of each other, and as good as Gaussian.
 _MIN_SAMPLES_LARGE, _MIN_SAMPLES, _MIN_SAMPLES_SMALL = 64, 160, 1024
-_SAMPLES_TIMES_ATOMS, _SAMPLES_TIMES_ATOMS_LARGE = 2**16, 2**19
-_FEWEST_STAGES = 32
+_SAMPLES_TIMES_ATOMS_LARGE = 2**19
+_LOOSE, _NOT_SMALL = 5e-4, 200  # target error [kT per atom] and atoms from which on preparations are cut short
 # Samples of a flow, or fewer of a dear potential; a bridge follows unless their work varies by less than this [kT^2].
 _TRIAL_SAMPLES = 512
 _WORK_VARIANCE_DIRECT = 1.5
@@ -62,18 +62,30 @@ class Effort(NamedTuple):
 
     fit_samples: int  # of every iteration of the reference's fit
     pilot_samples: int
-    second_pilot: tuple[int, int]  # stages, at least and at most
+    only_pilot: tuple[int, int] | None  # stages of a single trial crossing, at least and at most; None: there are two
+    second_pilot: tuple[int, int]  # stages of the second, at least and at most
     trial_samples: int | None  # that tell whether the reference alone will do, without a bridge; None: not asked
     most_to_begin_with: int  # samples over the bridge that an error bar is first asked from
+    samples_times_atoms: int  # the same for larger crystals, times their atoms
+    fewest_samples: int  # and in any case
+    fewest_stages: int
+    largest_batch: int  # samples that move together, so that no more than needed are drawn
 
 
-_CHEAP = Effort(256, 128, (96, 1_000), None, _MIN_SAMPLES_SMALL)
-_DEAR = Effort(64, 32, (32, 300), 128, 2 * _MIN_SAMPLES)
+_CHEAP = Effort(256, 128, None, (96, 1_000), None, _MIN_SAMPLES_SMALL, 2**16, _MIN_SAMPLES, 32, 2**13)
+_DEAR = Effort(64, 32, None, (32, 300), 128, 2 * _MIN_SAMPLES, 2**16, _MIN_SAMPLES, 32, 2**13)
+# An error bar that few samples give: preparations must not take more evaluations than these.
+_LEAN = Effort(64, 64, (16, 96), (16, 96), None, _MIN_SAMPLES_SMALL, 2**13, _MIN_SAMPLES_LARGE, 64, 32)
 
 
-def effort(system: System) -> Effort:
-    """What preparations for a system may cost: potentials that are not ours count as dear."""
-    return _DEAR if isinstance(system.potential, External) else _CHEAP
+def effort(system: System, plan: Plan) -> Effort:
+    """What preparations may cost: potentials that are not ours count as dear, and a loose target asks for little."""
+    if isinstance(system.potential, External):
+        return _DEAR
+    plain = plan.estimator == "fep" and plan.flow is None and plan.trajectory is None and system.cell_motion is None
+    # The work of small crystals, and of those with three-body forces, has a tail that few samples miss; docs/speed.md.
+    even = system.n_atoms >= _NOT_SMALL and not many_body(system.potential)
+    return _LEAN if plain and even and plan.target_error >= _LOOSE else _CHEAP
 
 
 class Progress(NamedTuple):
@@ -291,6 +303,7 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
     transport = bridges.bridge(recipe, seen(cheap), precision)
     good = batch_size(system.potential, crystal.n_atoms)
     batch = batch or fitting_batch(system.potential, crystal.n_atoms, precision)
+    good = min(good, effort(system, plan).largest_batch)
     if batch < good:
         run_warnings.append(
             f"memory is short: {batch} samples at a time instead of {good}, which also draws other random numbers"
@@ -395,7 +408,7 @@ def fit_reference(run: Run, report: Report) -> Fit:
 
     report(Progress("reference", None, "compiling"))
     batch = run.sampler.batch
-    n_samples = batch * max(2, _fit_samples(run.system) // batch)
+    n_samples = batch * max(2, _fit_samples(run.system, plan) // batch)
     if run.system.cell_motion is not None:
         motion = CELL_MOTIONS[run.system.cell_motion]
         kind = {"isotropic": plan.reference == "einstein", "frozen": plan.reference == "harmonic"}
@@ -413,9 +426,9 @@ def fit_reference(run: Run, report: Report) -> Fit:
     )
 
 
-def _fit_samples(system: System) -> int:
+def _fit_samples(system: System, plan: Plan) -> int:
     """Samples per iteration of the reference's fit: averages run over the crystal's translations, too."""
-    return int(np.clip(2 ** round(math.log2(2**21 / system.n_atoms)), 16, effort(system).fit_samples))
+    return int(np.clip(2 ** round(math.log2(2**21 / system.n_atoms)), 16, effort(system, plan).fit_samples))
 
 
 @contextmanager
@@ -459,7 +472,7 @@ def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
     """How many stages the bridge gets, where they lie and how large their steps are."""
     if run.plan.bridge is None:
         return _no_bridge(run)
-    spend = effort(run.system)
+    spend = effort(run.system, run.plan)
     trial = spend.trial_samples if run.flow is None else _TRIAL_SAMPLES
     if (
         trial is not None
@@ -473,15 +486,17 @@ def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
         gaussian,
         lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")),
         n_samples=spend.pilot_samples,
+        stages=spend.only_pilot,
     )
-    # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
-    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
-    pilot = run.sampler.pilot(
-        gaussian,
-        lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
-        bridges.schedule_from(pilot, slower),
-        spend.pilot_samples,
-    )
+    if spend.only_pilot is None:
+        # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
+        slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
+        pilot = run.sampler.pilot(
+            gaussian,
+            lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
+            bridges.schedule_from(pilot, slower),
+            spend.pilot_samples,
+        )
     if isinstance(run.plan.bridge, int):
         return Crossings(bridges.schedule_from(pilot, run.plan.bridge), pilot, math.inf, run.plan.max_samples)
     few = min(_MIN_SAMPLES, run.plan.max_samples)
@@ -513,11 +528,11 @@ def _needs_no_bridge(run: Run, gaussian: Gaussian, n_samples: int) -> bool:
     return bool(np.isfinite(work).all()) and float(work.var()) < _WORK_VARIANCE_DIRECT
 
 
-def fewest_samples(system: System) -> int:
+def fewest_samples(system: System, plan: Plan) -> int:
     """Samples over a bridge that an error bar can be had from."""
-    n_atoms = system.n_atoms
-    fewest = int(np.clip(_SAMPLES_TIMES_ATOMS_LARGE // n_atoms, _MIN_SAMPLES_LARGE, _MIN_SAMPLES))
-    return int(np.clip(_SAMPLES_TIMES_ATOMS // n_atoms, fewest, effort(system).most_to_begin_with))
+    n_atoms, spend = system.n_atoms, effort(system, plan)
+    fewest = int(np.clip(_SAMPLES_TIMES_ATOMS_LARGE // n_atoms, _MIN_SAMPLES_LARGE, spend.fewest_samples))
+    return int(np.clip(spend.samples_times_atoms // n_atoms, fewest, spend.most_to_begin_with))
 
 
 def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
@@ -528,9 +543,9 @@ def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
     can be had from.
     """
     length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
-    n = min(fewest_samples(run.system), run.plan.max_samples)
+    n = min(fewest_samples(run.system, run.plan), run.plan.max_samples)
     variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
-    stages = int(np.clip(math.ceil(2 * length2 / variance), _FEWEST_STAGES, _MAX_STAGES))
+    stages = int(np.clip(math.ceil(2 * length2 / variance), effort(run.system, run.plan).fewest_stages, _MAX_STAGES))
     return stages, 2 * length2 / stages
 
 

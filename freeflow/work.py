@@ -380,14 +380,18 @@ class BridgeSampler:
         on_segment: Callable[[float], None] = lambda _: None,
         schedule: Schedule | None = None,
         n_samples: int = _PILOT_SAMPLES,
+        stages: tuple[int, int] | None = None,
     ) -> Pilot:
-        """Trial crossing at its own pace (`freeflow.bridge.Pace`) or a schedule's; calls back with lambda."""
+        """Trial crossing at its own pace (`freeflow.bridge.Pace`), in about so many stages, or along a schedule.
+
+        Calls back with lambda.
+        """
         enough = max(_PILOT_ATOMS // self.recipe.crystal.n_atoms, _PILOT_SAMPLES_LARGE)
         n_batches = max(2, -(-min(n_samples, enough) // self.batch))
         # Far from the batches of the run, so that no random number serves twice.
         first = 2**31 if schedule is None else 2**31 + n_batches
         crowd = Crowd(self, gaussian, range(first, first + n_batches), "tuning")
-        pace = bridges.Pace(schedule)
+        pace = bridges.Pace(schedule, stages)
         while not pace.arrived and not self._stop.is_set():
             segment = pace.next(crowd.read("u_b") - 0.5 * (crowd.read("z") ** 2).sum(axis=(1, 2)))
             crowd.move(segment, "tuning")

@@ -510,6 +510,15 @@ def test_a_pace_loses_patience():
     assert segments[-1].stop == 1
 
 
+def test_a_pace_takes_the_stages_that_the_scatter_asks_for():
+    for spread, stages in ((2.0, 8), (6.0, 36), (50.0, 96)):
+        segments = Medium(spread, lambda h: 0.85).cross(Pace(stages=(8, 96)))
+        assert segments[0].start == 0 and segments[-1].stop == 1
+        assert sum(int(s.count) for s in segments) == pytest.approx(stages, rel=0.2)
+        widths = [float(s.stop - s.start) / int(s.count) for s in segments]
+        np.testing.assert_allclose(widths, widths[0])
+
+
 def test_a_pace_looks_at_finite_samples_only():
     medium = Medium(5.0, lambda h: 0.85)
     medium.difference[:40] = np.inf
