@@ -73,7 +73,9 @@ def _padded(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = _SMALLEST_BUFFER
     while size < u.shape[1]:
         size *= 4
-    return np.pad(u, ((0, 0), (0, size - u.shape[1]))), np.arange(size)[None] < u.shape[1]
+    buffer = np.zeros((len(u), size))
+    buffer[:, : u.shape[1]] = u
+    return buffer, np.arange(size)[None] < u.shape[1]
 
 
 @jax.jit
