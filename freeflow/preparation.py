@@ -75,7 +75,7 @@ class Effort(NamedTuple):
 _CHEAP = Effort(256, 128, None, (96, 1_000), None, _MIN_SAMPLES_SMALL, 2**16, _MIN_SAMPLES, 32, 2**13)
 _DEAR = Effort(64, 32, None, (32, 300), 128, 2 * _MIN_SAMPLES, 2**16, _MIN_SAMPLES, 32, 2**13)
 # An error bar that few samples give: preparations must not take more evaluations than these.
-_LEAN = Effort(64, 64, (16, 96), (16, 96), None, _MIN_SAMPLES_SMALL, 2**13, _MIN_SAMPLES_LARGE, 64, 32)
+_LEAN = Effort(64, 64, (16, 96), (16, 96), None, _MIN_SAMPLES_SMALL, 2**15, _MIN_SAMPLES_LARGE, 64, 32)
 
 
 def effort(system: System, plan: Plan) -> Effort:

@@ -614,7 +614,7 @@ def _running_plot(result: Result, g: float) -> Plot | None:
     last = np.array([answer(lambda x, share: x[len(x) - round(share * len(x)) :], share) for share in shares])
     value, error = result.beta_f_per_atom, result.beta_f_per_atom_std_error
     # The first few samples may be far off: the axis shows what comes after.
-    shown = np.concatenate([[(value, error)], first[shares >= 0.1], last[shares >= 0.1]])
+    shown = np.concatenate([np.array([(value, error)]), first[shares >= 0.1], last[shares >= 0.1]])
     spans = _finite(shown[:, :1] + np.nan_to_num(shown[:, 1:]) * np.array([[-1.0, 1.0]]))
     if not len(spans):
         return None
