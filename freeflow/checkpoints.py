@@ -308,10 +308,13 @@ def difference(made_for: Mapping[str, Any], wanted: Mapping[str, Any], any_size:
     return None
 
 
-def apart(checkpoint: Checkpoint, system: System, any_size: bool) -> str | None:
-    """What keeps a flow from a system, in words; None if it suits. A conditional flow suits a range of states."""
+def apart(checkpoint: Checkpoint, system: System, any_size: bool, own: Mapping[str, Any] | None = None) -> str | None:
+    """What keeps a flow from a system, in words; None if it suits. A conditional flow suits a range of states.
+
+    `own` is the system's fingerprint, if it is known already.
+    """
     ranges = {key: checkpoint.options.get(name) for key, name in RANGES.items()}
-    wanted = fingerprint(system)
+    wanted = dict(fingerprint(system) if own is None else own)
     for key, ends in ranges.items():
         if ends is not None and not ends[0] * (1 - 1e-8) <= wanted[key] <= ends[1] * (1 + 1e-8):
             return f"{key}: the flow is for {ends[0]:.8g} to {ends[1]:.8g}, this system has {_show(wanted[key])}"
@@ -361,9 +364,10 @@ def shipped(system: System, folder: Path | None = None) -> Path:
     """
     folder = folder or Path(__file__).parent / "shipped_flows"
     made_for = []
+    own = fingerprint(system)
     for path in sorted(folder.glob("*.safetensors")):
         checkpoint = read(path)
-        if apart(checkpoint, system, checkpoint.transferable) is None:
+        if apart(checkpoint, system, checkpoint.transferable, own) is None:
             return path
         made_for.append(path.stem)
     ships = f"there are flows for {', '.join(made_for)}" if made_for else "no flow ships with this version"

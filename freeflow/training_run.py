@@ -418,7 +418,7 @@ def _carry_on(run: _Run, session: Session, limits: Limits, report: Report, begun
         step=int(state.step),
         wall_seconds=time.monotonic() - begun,
         warnings=tuple(_warnings(session)),
-        states=_along(run, session),
+        states=() if ending == "interrupted" else _along(run, session),  # who interrupts does not wait
     )
     if result.worse:
         worse = "the bound is higher than that of the untrained flow; lower the learning rate or train for longer"

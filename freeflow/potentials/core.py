@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
+from freeflow.potentials import moments
 from freeflow.types import in_double_precision
 
 RadialFn = Callable[[Array], Array]  # of squared distances or of distances; elementwise
@@ -221,46 +222,23 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         x = [u[:, a] for a in range(3)]
         zero = jnp.zeros_like(x[0])
 
-        def gather(slot):
+        def unit(slot):
             d, r2 = walk.bond(x, slot)
             inverse_r = jax.lax.rsqrt(r2)
-            nx, ny, nz = (d[a] * inverse_r for a in range(3))
-            g = weight(r2)
-            gx, gy, gz = g * nx, g * ny, g * nz
-            return potential.pair(r2), (g, gx * nx, gx * ny, gx * nz, gy * ny, gy * nz, gz * nz, gx, gy, gz)
+            return d, r2, inverse_r, [d[a] * inverse_r for a in range(3)]
 
-        # Even moments are the same seen from either end of a bond, the first one is opposite.
-        parity = (1,) * 7 + (-1,) * 3
-        energy, (m0, xx, xy, xz, yy, yz, zz, mx, my, mz) = walk.total(gather, parity, zero)
-        m1_m1 = mx * mx + my * my + mz * mz
-        m2_m2 = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
-        energy = energy + 0.5 * (m2_m2 - 2 * cosine * m1_m1 + cosine * cosine * m0 * m0)
-        # Derivatives of the energy with respect to the moments, M2 as a symmetric matrix.
-        by = (cosine * cosine * m0, xx, xy, xz, yy, yz, zz, *(-2 * cosine * m for m in (mx, my, mz)))
+        def gather(slot):
+            _, r2, _, n = unit(slot)
+            return potential.pair(r2), moments.of_bond(weight(r2), n)
+
+        energy, sums = walk.total(gather, moments.PARITY, zero)
+        of_triplets, by = moments.energy_of(sums, cosine)
+        energy = energy + of_triplets
 
         def push(slot):
-            d, r2 = walk.bond(x, slot)
-            inverse_r = jax.lax.rsqrt(r2)
-            nx, ny, nz = (d[a] * inverse_r for a in range(3))
+            d, r2, inverse_r, n = unit(slot)
             _, slope = _with_slope(potential.pair, r2)
-            g, g_slope = _with_slope(weight, r2)
-            # A bond enters the moments of both its ends.
-            s0, sxx, sxy, sxz, syy, syz, szz, sx, sy, sz = (
-                here + sign * here[slot.partner] for here, sign in zip(by, parity, strict=True)
-            )
-            tx = sxx * nx + sxy * ny + sxz * nz
-            ty = sxy * nx + syy * ny + syz * nz
-            tz = sxz * nx + syz * ny + szz * nz
-            s_n, n_t = sx * nx + sy * ny + sz * nz, tx * nx + ty * ny + tz * nz
-            # dg/dr = 2 r dg/d(r^2); the rest turns the bond.
-            along = 2 * (slope + g_slope * (s0 + s_n + n_t)) - g * inverse_r * inverse_r * (s_n + 2 * n_t)
-            turn = g * inverse_r
-            # Minus the derivative with respect to the bond: the gradient on the atom it starts from.
-            pull = (
-                -(along * d[0] + turn * (sx + 2 * tx)),
-                -(along * d[1] + turn * (sy + 2 * ty)),
-                -(along * d[2] + turn * (sz + 2 * tz)),
-            )
+            pull = moments.gradient_on_start(by, slot.partner, d, n, inverse_r, slope, _with_slope(weight, r2))
             return zero, pull
 
         _, gradient = walk.total(push, (-1, -1, -1), zero)

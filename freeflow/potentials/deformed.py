@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
+from freeflow.potentials import moments
 from freeflow.potentials.core import RUN_ONCE, Potential
 from freeflow.types import Numeric, in_double_precision
 
@@ -211,8 +212,6 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
     assert potential.weight is not None
     weight, pair, cosine = potential.weight, potential.pair, np.asarray(potential.cosine, dtype)
     slots, last = _slots(table, dtype)
-    # Even moments are the same seen from either end of a bond, the first one is opposite.
-    parity = (1,) * 7 + (-1,) * 3
 
     def kernel(u: Array, f: Array) -> _Sums:
         x = [u[:, a] for a in range(3)]
@@ -225,33 +224,18 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
             return d, r2, inverse_r, [d[a] * inverse_r for a in range(3)]
 
         def gather(slot: _Slot) -> tuple[Parts, Parts]:
-            _, r2, _, (nx, ny, nz) = unit(slot)
-            g = weight(r2)
-            gx, gy, gz = g * nx, g * ny, g * nz
-            return (pair(r2),), (g, gx * nx, gx * ny, gx * nz, gy * ny, gy * nz, gz * nz, gx, gy, gz)
+            _, r2, _, n = unit(slot)
+            return (pair(r2),), moments.of_bond(weight(r2), n)
 
-        (energy,), moments = _walk(slots, last, gather, 1, parity, zero)
-        m0, xx, xy, xz, yy, yz, zz, mx, my, mz = moments
-        m1_m1 = mx * mx + my * my + mz * mz
-        m2_m2 = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
-        energy = energy + 0.5 * (m2_m2 - 2 * cosine * m1_m1 + cosine * cosine * m0 * m0)
-        by = (cosine * cosine * m0, xx, xy, xz, yy, yz, zz, *(-2 * cosine * m for m in (mx, my, mz)))
+        (energy,), sums = _walk(slots, last, gather, 1, moments.PARITY, zero)
+        of_triplets, by = moments.energy_of(sums, cosine)
+        energy = energy + of_triplets
 
         def push(slot: _Slot) -> tuple[Parts, Parts]:
-            d, r2, inverse_r, (nx, ny, nz) = unit(slot)
+            d, r2, inverse_r, n = unit(slot)
             _, slope = _with_slope(pair, r2)
-            g, g_slope = _with_slope(weight, r2)
-            s0, sxx, sxy, sxz, syy, syz, szz, sx, sy, sz = (
-                here + sign * here[slot.partner] for here, sign in zip(by, parity, strict=True)
-            )
-            tx = sxx * nx + sxy * ny + sxz * nz
-            ty = sxy * nx + syy * ny + syz * nz
-            tz = sxz * nx + syz * ny + szz * nz
-            s_n, n_t = sx * nx + sy * ny + sz * nz, tx * nx + ty * ny + tz * nz
-            along = 2 * (slope + g_slope * (s0 + s_n + n_t)) - g * inverse_r * inverse_r * (s_n + 2 * n_t)
-            turn = g * inverse_r
-            pull = [-(along * d[a] + turn * (s + 2 * t)) for a, (s, t) in enumerate(((sx, tx), (sy, ty), (sz, tz)))]
-            return tuple(-pull[a] * d[b] for a, b in _UPPER), tuple(pull)
+            pull = moments.gradient_on_start(by, slot.partner, d, n, inverse_r, slope, _with_slope(weight, r2))
+            return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
 
         virial, gradient = _walk(slots, last, push, 6, (-1, -1, -1), zero)
         return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(virial))
