@@ -88,7 +88,8 @@ def main() -> int:
     if arguments.table:
         arguments.table.write_text(table(figures))
     if arguments.json:
-        whole = {"versions": versions(), "figures": [figure._asdict() for figure in figures]}
+        command = " ".join(["python -m benchmarks", *names, *["--quick"] * arguments.quick])
+        whole = {"command": command, "versions": versions(), "figures": [figure._asdict() for figure in figures]}
         arguments.json.write_text(json.dumps(whole, indent=1, default=float) + "\n")
     return 1 if failed else 0
 
