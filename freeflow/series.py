@@ -104,12 +104,14 @@ def estimate_series(
     anchors: list[Anchor] = []
     table: list[list[Reach | None]] = [[] for _ in systems]  # by state, then anchor
     tried: Counter[int] = Counter()
+    doubted: set[int] = set()  # states whose anchor had few samples, and was not to be trusted
     interrupted = False
     while (at := _next_anchor(table, target, tried, shape)) is not None:
         tried[at] += 1
         try:
             tell = _labelled(report, systems[at], len(anchors), begun)
-            anchor = _anchor(systems[at], plan, _missing(table[at], target), len(anchors), tell)
+            error = target if at in doubted else _missing(table[at], target)
+            anchor = _anchor(systems[at], plan, error, len(anchors), tell)
             columns = _reaches(anchor, systems, at, target, shape, report)
         except KeyboardInterrupt:
             if not anchors:
@@ -122,8 +124,10 @@ def estimate_series(
         if anchor.result.status == "interrupted":
             interrupted = True
             break
-        if anchor.result.status == "unreliable":  # more of it would be no better
-            tried[at] = _MOST_ANCHORS
+        if anchor.result.status == "unreliable":
+            if error <= target:  # more of it would be no better
+                tried[at] = _MOST_ANCHORS
+            doubted.add(at)
     clock.lap("sampling")
     return _result(series, plan, systems, anchors, table, clock, interrupted)
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +242,40 @@ def test_longest_stretch_of_a_grid():
         table[k] = []
     assert series._next_anchor(table, 1.0, dict.fromkeys(range(12), 0), (3, 4)) == 7
     assert series._stretches([0, 2, 3, 6, 7, 10, 11], (3, 4)) == [[0], [2, 3, 6, 7, 10, 11]]
+
+
+def test_an_anchor_of_few_samples_that_is_not_to_be_trusted_is_made_anew(ice, monkeypatch):
+    """With the target's own error, that is; one that had this error and is not to be trusted is final."""
+    asked, target, nothing = [], 8 * TARGET, np.zeros(0)
+
+    def anchor(system, plan, error, number, report):
+        asked.append(error)
+        return SimpleNamespace(result=SimpleNamespace(status="converged" if error <= target else "unreliable"))
+
+    def reaches(anchor, *_):
+        reasons = () if anchor.result.status == "converged" else ("made up",)
+        return [series.Reach(carrying.Carried(nothing, nothing, nothing), 0.0, asked[-1], reasons)]
+
+    monkeypatch.setattr(series, "_anchor", anchor)
+    monkeypatch.setattr(series, "_reaches", reaches)
+    monkeypatch.setattr(series, "_missing", lambda row, target: 1.5 * target)
+    rows, answer = (
+        [],
+        series.SeriesResult(
+            system=ice.system,
+            plan=ice.system.plan,
+            states=(),
+            anchors=(),
+            replicas=nothing,
+            energy_evaluations={},
+            wall_seconds={},
+        ),
+    )
+    monkeypatch.setattr(series, "_result", lambda *known: rows.extend(known[4]) or answer)
+    ff.estimate_series(StateSeries(ice.system, TEMPERATURES[:1]), target_error=TARGET)
+    (row,) = rows
+    assert asked == [1.5 * target, target]
+    assert [bool(reach.reasons) for reach in row] == [True, False]
 
 
 def test_a_series_is_no_single_crystal(ice):
