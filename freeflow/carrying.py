@@ -27,7 +27,7 @@ from freeflow.cells import CELL_MOTIONS, Strained, coordinates_of, log_volume_ch
 from freeflow.crystals import at_state
 from freeflow.errors import FreeflowError
 from freeflow.geometry import nearest_neighbour_distance
-from freeflow.isobaric import log_measure, strain_operations
+from freeflow.isobaric import energy_alone, log_measure, strain_operations
 from freeflow.references import Gaussian
 from freeflow.result import Result
 from freeflow.trajectories import energies
@@ -117,6 +117,7 @@ class MovingCell:
         self._recipe = references.gaussian_crystal(crystal)
         # What the crystal's operations leave alone: the mean strain of a cubic crystal has no shape.
         self._symmetric = strain_operations(crystal, self._motion).mean(axis=0)
+        self._energy_alone = energy_alone(self.system)
         self._evaluate = jax.jit(jax.vmap(self._mapped, (None, 0)))
         self._gradient = jax.jit(jax.vmap(jax.grad(self._lattice_energy), (0, None)))
 
@@ -270,20 +271,15 @@ class MovingCell:
     def _log_measure(self, strain: Array) -> Array:
         return log_measure(strain, self.system.n_atoms, self._motion)
 
-    def _target_energy(self, x: Strained) -> Array:
-        """U, relative to the lattice in the reference cell; infinite where the ensemble ends."""
-        alone = ThermodynamicState(jnp.float64(1.0), jnp.float64(0.0))
-        return self.system.target.reduced_potential(x, alone) + self._log_measure(x.strain)
-
     def _lattice_energy(self, u: Array, mean: Array) -> Array:
-        return self._target_energy(Strained(u, strain_of(self._motion, mean)))
+        return self._energy_alone(Strained(u, strain_of(self._motion, mean)))
 
     def _mapped(self, there: _Map, x: Strained) -> tuple[Array, Array, Array, Scalar]:
         u = self._recipe.colour(there.colour, self._recipe.whiten(there.whiten, x.displacements))
         before = coordinates_of(self._motion, x.strain)
         coordinates = jnp.asarray(there.mean) + there.scale * (before - there.mean_before)
         strain = strain_of(self._motion, coordinates)
-        energy = self._target_energy(Strained(u, strain))
+        energy = self._energy_alone(Strained(u, strain))
         return energy, self._log_measure(strain), coordinates, log_volume_change(strain)
 
     def _evaluated(self, there: _Map) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -114,3 +114,32 @@ def within_reach(strain: Float[Array, "3 3"], largest: float = LARGEST_STRETCH) 
         return (m[0, 0] > 0) & (second > 0) & (third > 0)
 
     return positive(unit - strain) & positive(unit + strain)
+
+
+# ------------------------------------------------------------------------------ cells of many frames, in NumPy
+
+
+def strains_between(
+    reference: Float[np.ndarray, "3 3"], cells: Float[np.ndarray, "n_frames 3 3"]
+) -> Float[np.ndarray, "n_frames 3 3"]:
+    """Strains s of cells h = h_ref exp(s) R, however R turns or mirrors them."""
+    deformed = np.linalg.solve(reference, cells)
+    values, axes = np.linalg.eigh(deformed @ np.swapaxes(deformed, 1, 2))
+    return np.einsum("fak,fk,fbk->fab", axes, 0.5 * np.log(values), axes, optimize=True)
+
+
+def stretches(strains: Float[np.ndarray, "n_frames 3 3"]) -> Float[np.ndarray, "n_frames 3 3"]:
+    """Deformations exp(s)."""
+    values, axes = np.linalg.eigh(strains)
+    return np.einsum("fak,fk,fbk->fab", axes, np.exp(values), axes, optimize=True)
+
+
+def strains_in_another_cell(
+    strains: Float[np.ndarray, "n_frames 3 3"], deformed: Float[np.ndarray, "3 3"]
+) -> Float[np.ndarray, "n_frames 3 3"]:
+    """Strains of the same cells relative to the reference cell h_ref E, for symmetric and positive E.
+
+    Atoms at (X + u) F are at (X E + u E) E^-1 F: displacements become u E, and the strain is that of E^-1 F without
+    its rotation.
+    """
+    return strains_between(deformed, stretches(strains))

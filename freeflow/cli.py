@@ -361,7 +361,7 @@ def sample(
     cache: bool | None,
     **options: Any,
 ) -> int:
-    """Draw configurations of SYSTEM at its temperature and volume, and write them as a trajectory.
+    """Draw configurations of SYSTEM at its temperature and volume, or pressure, and write them as a trajectory.
 
     Needs no other program. Monte Carlo (generalised hybrid, many chains) starts from the reference; equilibration
     and correlation are found out and reported. Energies, and weights where samples have them, go beside the

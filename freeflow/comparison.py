@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy.special import ndtr
 
+from freeflow.cells import CELL_MOTIONS, Strained
 from freeflow.estimators import diagnose, effective_sample_size, fep, record, reliability
 from freeflow.observables import (
     Average,
@@ -29,7 +30,7 @@ from freeflow.observables import (
     time_average,
     weighted_average,
 )
-from freeflow.observers import Profile, observer, profile
+from freeflow.observers import Profile, observed_crystal, observer, profile
 from freeflow.pipeline import carried_out, read_trajectory, settled
 from freeflow.preparation import Clock, Progress, Report
 from freeflow.result import Result, format_with_error, write_atomically
@@ -83,6 +84,7 @@ class Comparison:
     checks: tuple[Check, ...]
     verdict: Verdict
     reason: str  # one sentence
+    volume: Distribution | None = None  # per atom, where the cell moves [length^3]
     warnings: tuple[str, ...] = ()
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class Comparison:
             "checks": [{**check._asdict(), "p_value": _finite(check.p_value)} for check in self.checks],
             "energy_per_atom": {**_both(self.energy), "unit": self.system.units.energy},
             "mean_squared_displacement": {**_both(self.displacement), "unit": f"{self.system.units.length}^2"},
+            **self._volumes(),
             "free_energy": {
                 "fep": _plain(self.fep_per_atom),
                 "bar": {
@@ -134,6 +137,11 @@ class Comparison:
             "wall_seconds": dict(self.wall_seconds),
             "warnings": list(self.warnings),
         }
+
+    def _volumes(self) -> dict[str, Any]:
+        if self.volume is None:
+            return {}
+        return {"volume_per_atom": {**_both(self.volume), "unit": f"{self.system.units.length}^3"}}
 
     def json_text(self) -> str:
         """The JSON document, ending in a line feed."""
@@ -159,8 +167,13 @@ class Comparison:
         ]
 
     @property
+    def symbol(self) -> str:
+        """Of the free energy: G where the cell moves."""
+        return _symbol(self.system)
+
+    @property
     def free_energies(self) -> list[tuple[str, str, str]]:
-        """beta F / N in kT per atom as the model alone, model and frames, and the literature have it."""
+        """beta F / N, or G, in kT per atom as the model alone, model and frames, and the literature have it."""
         result, published = self.result, self.system.published
         both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
         rows = [
@@ -211,7 +224,7 @@ class Comparison:
             for check in self.checks
         ]
         yield "Checks", ("", "model", "trajectory", "statistic", "p", ""), checks
-        yield "beta F / N, in kT per atom", (), [*self.free_energies]
+        yield f"beta {self.symbol} / N, in kT per atom", (), [*self.free_energies]
 
 
 _STYLES = {"agree": "green", "disagree": "bold red", "not told": "yellow"}
@@ -258,7 +271,8 @@ def compare(
     """Whether the frames of a trajectory are samples of a system, as weighted samples of the model see it.
 
     Compared are mean and distribution of the energy and of the mean squared displacement, g(r), the free energy from
-    forward and from reverse work, and the energies in the file with recomputed ones. Error bars of the trajectory
+    forward and from reverse work, and the energies in the file with recomputed ones. Under a pressure also mean and
+    distribution of the volume, and the mean shape of the cell if it changes. Error bars of the trajectory
     allow for correlation. With `FALSE_ALARMS` shared among the checks, that is how often a sound trajectory fails.
 
     Args:
@@ -286,8 +300,16 @@ def compare(
     report, clock = progress or (lambda _: None), Clock()
     found = read_trajectory(system, plan.trajectory, report)
     clock.lap("trajectory")
-    distribution = radial_distribution(system.crystal)
-    result = carried_out(system, plan, report, clock, found, observer(system, distribution))
+    if system.cell_motion is None:
+        distribution = radial_distribution(system.crystal)
+        result = carried_out(system, plan, report, clock, found, observer(system, distribution))
+    else:  # which reference cell arrivals are relative to is known in the end
+        result = carried_out(system, plan, report, clock, found, observed_crystal)
+        found = found.in_reference(system.crystal, result.system.crystal)
+        system = result.system
+        distribution = radial_distribution(system.crystal)
+        report(Progress("comparing", None, "energies"))
+        result = replace(result, observed=observer(system, distribution)(result.observed))
     report(Progress("comparing", None, "radial distribution functions"))
     compared = _compared(system, plan, found, result, distribution)
     clock.lap("observables")
@@ -315,6 +337,10 @@ def _compared(
             series.mean_squared_displacements,
         ),
     ]
+    volumes = series.volumes(system.crystal)
+    if volumes is not None:
+        of_model = system.crystal.volume * np.exp(np.trace(result.observed.strain, axis1=1, axis2=2))
+        pairs.append(("volume", "per atom", f"{units.length}^3", of_model / n_atoms, volumes / n_atoms))
     distributions, asked = [], []
     for name, per, unit, of_model, of_frames in pairs:
         g = found.inefficiency_of(of_frames)
@@ -330,6 +356,8 @@ def _compared(
         spread = kolmogorov_smirnov(of_model, log_weights, of_frames[used], g)
         sizes = f"{effective:.0f} effective", f"{n:.0f} effective"
         asked.append((f"distribution of the {name}", *sizes, f"KS = {spread.statistic:.3f}", spread))
+    if series.strains is not None and (shape := _shapes(system, result, found, effective)) is not None:
+        asked.append(shape)
     shape, apart = _profiles(result, found, distribution, effective)
     where = f"up to {distribution.edges[-1]:.4g} {units.length}"
     asked.append(("g(r)", where, where, f"largest z = {apart.statistic:.1f}", apart))
@@ -356,6 +384,7 @@ def _compared(
         "fep_per_atom": alone,
         "energy": distributions[0],
         "displacement": distributions[1],
+        "volume": distributions[2] if len(distributions) > 2 else None,
         "profile": shape,
         "checks": tuple(checks),
         "verdict": verdict,
@@ -366,8 +395,31 @@ def _compared(
     }
 
 
+def _symbol(system: System) -> str:
+    return "F" if system.cell_motion is None else "G"
+
+
 def _text(average: Average) -> str:
     return format_with_error(float(average.mean), float(average.std_error))
+
+
+def _shapes(
+    system: System, result: Result, found: Equilibrium, effective: float
+) -> tuple[str, str, str, str, Test] | None:
+    """Whether the mean shape of the cell is the same; None if it does not change."""
+    assert system.cell_motion is not None and found.series.strains is not None
+    shapes = CELL_MOTIONS[system.cell_motion].basis[1:]  # the first one is the volume's
+    if not len(shapes):
+        return None
+    of_model, of_frames = (
+        np.tensordot(x, shapes, ((1, 2), (1, 2))) for x in (result.observed.strain, found.series.strains)
+    )
+    g = max(found.inefficiency_of(values) for values in of_frames.T)
+    n = int(found.used.sum()) / g
+    ours, theirs = weighted_average(of_model, -np.asarray(result.work.forward)), time_average(of_frames[found.used], g)
+    apart = largest_difference(ours, effective, theirs, n)
+    said = f"{len(shapes)} strains"
+    return "mean shape of the cell", said, said, f"largest z = {apart.statistic:.1f}", apart
 
 
 def _profiles(
@@ -376,9 +428,11 @@ def _profiles(
     """g(r) from model and frames, and whether they differ in any bin."""
     model = profile(distribution, result.observed.counts, np.asarray(result.work.forward))
     per_frame = max(float(result.observed.counts.sum(axis=1).max(initial=1.0)), 1.0)
-    u, thinned = found.frames(max(_FEWEST_PROFILES, int(_PAIRS / per_frame)))
+    x, thinned = found.frames(max(_FEWEST_PROFILES, int(_PAIRS / per_frame)))
     g = max(1.0, thinned)
-    md = time_average(distribution.normalise(distribution.count(u)), g)
+    strains = np.asarray(x.strain) if isinstance(x, Strained) else None
+    u = np.asarray(x.displacements) if isinstance(x, Strained) else x
+    md = time_average(distribution.normalise(distribution.count(u, strains)), g)
     return model._replace(md=md), largest_difference(model.model, effective, md, len(u) / g)
 
 
@@ -393,7 +447,7 @@ def _free_energies(result: Result, alone: Average) -> tuple[str, str, str, str, 
     p = min(1.0, times * 2 * float(ndtr(-abs(z)))) if not math.isnan(z) else math.nan
     both = format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)
     said = "not estimable" if math.isnan(z) else f"z = {z:+.1f}"
-    return "beta F / N: FEP against BAR", f"{_text(alone)} kT", f"{both} kT", said, Test(z, p)
+    return f"beta {_symbol(result.system)} / N: FEP against BAR", f"{_text(alone)} kT", f"{both} kT", said, Test(z, p)
 
 
 def _file_energies(found: Equilibrium) -> Check:
@@ -406,13 +460,18 @@ def _file_energies(found: Equilibrium) -> Check:
 
 def _rounding(system: System, found: Equilibrium) -> tuple[float, str]:
     """By how much the file's rounding of positions raises energies on average [energy], and words if it matters."""
-    u, _ = found.frames(_ROUNDED)
+    x, _ = found.frames(_ROUNDED)
+    u = np.asarray(x.displacements) if isinstance(x, Strained) else x
     if not found.series.resolution > 0 or len(u) < 2:
         return 0.0, ""
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, u.shape) * found.series.resolution
     noise -= noise.mean(axis=1, keepdims=True)
+
+    def at(u: np.ndarray) -> np.ndarray:
+        return energies(system, x._replace(displacements=u) if isinstance(x, Strained) else u)
+
     # Noise and its opposite: forces cancel, and what is left is curvature.
-    rise = 0.5 * (energies(system, u + noise) + energies(system, u - noise)) - energies(system, u)
+    rise = 0.5 * (at(u + noise) + at(u - noise)) - at(u)
     rise = rise[np.isfinite(rise)]
     raised, error = float(rise.mean()), float(rise.std() / math.sqrt(len(rise)))
     spread = float(found.series.energies[found.used].std() / math.sqrt(found.effective))

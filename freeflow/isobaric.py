@@ -79,6 +79,21 @@ def log_measure(strain: Float[Array, "3 3"], n_atoms: int, motion: CellMotion) -
     return value + log_shape_measure(strain) if motion.n_strains == 6 else value
 
 
+def energy_alone(system: System) -> Callable[[Strained], Scalar]:
+    """U of one configuration, less that of the lattice in the reference cell [energy].
+
+    Infinite where the ensemble of the system, whose cell moves, ends.
+    """
+    assert system.cell_motion is not None
+    motion = CELL_MOTIONS[system.cell_motion]
+
+    def energy(x: Strained) -> Scalar:
+        alone = ThermodynamicState(jnp.float64(1.0), jnp.float64(0.0))
+        return system.target.reduced_potential(x, alone) + log_measure(x.strain, system.n_atoms, motion)
+
+    return energy
+
+
 def cell_constant(volume: float, thermal_wavelength: float) -> float:
     """What the cell adds to beta G outside the integral over orthonormal strain coordinates [kT].
 

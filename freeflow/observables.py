@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import kolmogorov, ndtri, stdtr
 
+from freeflow.cells import stretches
 from freeflow.errors import InputError
 from freeflow.estimators import effective_sample_size
 from freeflow.geometry import face_distances
@@ -304,11 +305,20 @@ class RadialDistribution:
         """Middles of the bins [length]."""
         return 0.5 * (self.edges[1:] + self.edges[:-1])
 
-    def count(self, displacements: Float[Numeric, "n_frames n_atoms 3"]) -> Float[np.ndarray, "n_frames n_bins"]:
+    def count(
+        self,
+        displacements: Float[Numeric, "n_frames n_atoms 3"],
+        strains: Float[np.ndarray, "n_frames 3 3"] | None = None,
+    ) -> Float[np.ndarray, "n_frames n_bins"]:
         """Number of pairs in every bin of every frame; NaN in frames with displacements that are not finite.
 
         Pairs come from a list of sites within reach; distances are float32. Frames whose atoms have left
-        their sites are searched anew, ten times slower.
+        their sites are searched anew, ten times slower. In a cell that has changed distances are those in it, and
+        numbers are multiplied by its volume over the crystal's, so that `normalise` holds for it, too.
+
+        Args:
+            displacements: From the sites, in the crystal's cell [length].
+            strains: Logarithmic, of the frames' cells.
 
         Raises:
             InputError: If the frames do not have the crystal's atoms.
@@ -321,16 +331,20 @@ class RadialDistribution:
             size = np.sqrt(np.einsum("fni,fni->fn", u, u))
         # No two atoms change their separation by more than the two largest displacements.
         spread = np.sort(size, axis=1)[:, -2:].sum(axis=1, dtype=np.float64)
-        by_list = spread <= self._limit - self.edges[-1]
+        f = None if strains is None else stretches(strains)
+        # Of a pair within range the sites are this close in the crystal's cell.
+        shrunk = 1.0 if strains is None else np.exp(np.maximum(0.0, -np.linalg.eigvalsh(strains)[:, 0]))
+        reach = float(self.edges[-1]) * shrunk + spread
+        by_list = reach <= self._limit
         near = np.flatnonzero(by_list)
-        # Frames of a like spread share a list no longer than they need.
-        near = near[np.argsort(spread[near], kind="stable")]
+        # Frames of a like reach share a list no longer than they need.
+        near = near[np.argsort(reach[near], kind="stable")]
         for start in range(0, len(near), _FRAMES):
             of = near[start : start + _FRAMES]
-            counts[of] = self._count_listed(u[of], spread[of[-1]])
+            counts[of] = self._count_listed(u[of], reach[of[-1]], None if f is None else f[of])
         for k in np.flatnonzero(~by_list & (spread < _FAR * np.linalg.norm(self.crystal.cell))):
-            counts[k] = self._count_searched(u[k])
-        return counts
+            counts[k] = self._count_searched(u[k], self.crystal.cell if f is None else self.crystal.cell @ f[k])
+        return counts if f is None else counts * np.linalg.det(f)[:, None]
 
     def normalise(self, counts: Float[np.ndarray, "*batch n_bins"]) -> Float[np.ndarray, "*batch n_bins"]:
         """g(r) of counts of pairs: 1 where N (N - 1) / 2 pairs are spread evenly over the volume."""
@@ -353,7 +367,7 @@ class RadialDistribution:
         step = float(self.edges[-1]) / 8
         n = max([math.ceil(reach / step), *self._kept])
         if n not in self._kept:
-            first, second, separation = self._search(self.crystal.sites, n * step, "ijD")
+            first, second, separation = self._search(self.crystal.sites, n * step, "ijD", self.crystal.cell)
             distance = np.linalg.norm(separation, axis=1)
             # An atom and its own image are among them, but stay a lattice vector apart: out of range.
             order = np.argsort(distance)
@@ -364,8 +378,9 @@ class RadialDistribution:
         stop = int(np.searchsorted(pairs.distance, reach))
         return _Pairs(*(array[:stop] for array in pairs))
 
-    def _count_listed(self, u: np.ndarray, spread: float) -> np.ndarray:
-        pairs = self._pairs((1 + 1e-6) * float(self.edges[-1]) + spread)
+    def _count_listed(self, u: np.ndarray, reach: float, f: np.ndarray | None) -> np.ndarray:
+        """Counts from the list of pairs of sites within `reach` [length], in cells deformed by f (n_frames, 3, 3)."""
+        pairs = self._pairs(reach + 1e-6 * float(self.edges[-1]))
         n_frames, n_bins = len(u), len(self.edges) - 1
         x = np.ascontiguousarray(u.transpose(2, 1, 0), np.float32)
         scale = np.float32(n_bins / self.edges[-1])
@@ -373,10 +388,10 @@ class RadialDistribution:
         counts = np.zeros(n_frames * (n_bins + 1), np.int64)
         for rows in _slices(len(pairs.first), max(_PAIRS, _PAIRS * _FRAMES // n_frames)):
             r2 = np.zeros((len(pairs.first[rows]), n_frames), np.float32)
-            for k in range(3):
-                d = np.take(x[k], pairs.second[rows], axis=0)
-                d -= np.take(x[k], pairs.first[rows], axis=0)
-                d += pairs.separation[rows, k, None]
+            separations = (self._separation(x, pairs, rows, k) for k in range(3))
+            if f is not None:
+                separations = _deformed(list(separations), f.astype(np.float32))
+            for d in separations:
                 d *= d
                 r2 += d
             r = np.sqrt(r2, out=r2)
@@ -386,17 +401,25 @@ class RadialDistribution:
             counts += np.bincount(bins.ravel(), minlength=counts.size)
         return counts.reshape(n_frames, n_bins + 1)[:, :-1]
 
-    def _count_searched(self, u: np.ndarray) -> np.ndarray:
-        cell = self.crystal.cell
-        fractional = (self.crystal.sites + u) @ np.linalg.inv(cell)
-        (distance,) = self._search((fractional - np.floor(fractional)) @ cell, float(self.edges[-1]), "d")
+    @staticmethod
+    def _separation(x: np.ndarray, pairs: _Pairs, rows: slice, k: int) -> np.ndarray:
+        """Component k of the separations (n_rows, n_frames) of pairs."""
+        d = np.take(x[k], pairs.second[rows], axis=0)
+        d -= np.take(x[k], pairs.first[rows], axis=0)
+        d += pairs.separation[rows, k, None]
+        return d
+
+    def _count_searched(self, u: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        fractional = (self.crystal.sites + u) @ np.linalg.inv(self.crystal.cell)
+        (distance,) = self._search((fractional - np.floor(fractional)) @ cell, float(self.edges[-1]), "d", cell)
         return np.histogram(distance, self.edges)[0]
 
-    def _search(self, points: np.ndarray, cutoff: float, quantities: str) -> Sequence[np.ndarray]:
+    @staticmethod
+    def _search(points: np.ndarray, cutoff: float, quantities: str, cell: np.ndarray) -> Sequence[np.ndarray]:
         from vesin import NeighborList
 
         return NeighborList(cutoff=cutoff, full_list=False).compute(
-            points=points, box=self.crystal.cell, periodic=True, quantities=quantities
+            points=points, box=cell, periodic=True, quantities=quantities
         )
 
 
@@ -429,6 +452,11 @@ def mean_squared_displacement(displacements: Float[Numeric, "n_frames n_atoms 3"
 def _neighbours(crystal: Crystal, radius: float) -> float:
     """Mean number of atoms within a radius [length] of a point."""
     return crystal.n_atoms / crystal.volume * 4 / 3 * math.pi * radius**3
+
+
+def _deformed(d: list[np.ndarray], f: np.ndarray) -> Iterator[np.ndarray]:
+    """Components of separations, each (n_pairs, n_frames), in cells deformed by symmetric f (n_frames, 3, 3)."""
+    return (d[0] * f[:, 0, k] + d[1] * f[:, 1, k] + d[2] * f[:, 2, k] for k in range(3))
 
 
 def _slices(stop: int, size: int) -> Iterator[slice]:

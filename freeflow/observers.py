@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from freeflow.cells import Strained
+from freeflow.cells import Strained, stretches
 from freeflow.observables import Average, RadialDistribution, mean_squared_displacement, weighted_average
 from freeflow.trajectories import energies
 from freeflow.types import Crystal, System
@@ -18,8 +18,9 @@ class Observed(NamedTuple):
     """Observables of configurations, one row each."""
 
     energy: np.ndarray  # (n,) infinite where an atom is off its site [energy]
-    displacement: np.ndarray  # (n,) mean squared [length^2]
+    displacement: np.ndarray  # (n,) mean squared, in the configuration's cell [length^2]
     counts: np.ndarray  # (n, n_bins) pairs by distance
+    strain: np.ndarray | None = None  # (n, 3, 3) logarithmic, of the cell; None if it is fixed
 
 
 class Profile(NamedTuple):
@@ -31,13 +32,22 @@ class Profile(NamedTuple):
 
 
 def observer(system: System, distribution: RadialDistribution) -> Observe:
-    """Observables of displacements (n, n_atoms, 3) [length]; of those that are nowhere (NaN), of the lattice."""
+    """Observables of displacements (n, n_atoms, 3) [length]; of those that are nowhere (NaN), of the lattice.
 
-    def observe(u: np.ndarray) -> Observed:
+    With strains, where the cell moves.
+    """
+
+    def observe(x: np.ndarray | Strained) -> Observed:
+        u, strain = (np.asarray(x.displacements, np.float64), x.strain) if isinstance(x, Strained) else (x, None)
         inside = np.asarray(np.isfinite(u).all(axis=(1, 2)))
+        if strain is not None:
+            inside &= np.isfinite(strain).all(axis=(1, 2))
+            strain = np.where(inside[:, None, None], strain, 0.0)
         u = np.where(inside[:, None, None], u, 0.0)
-        energy = np.where(inside, energies(system, u), np.inf)
-        return Observed(energy, mean_squared_displacement(u), distribution.count(u).astype(np.float32))
+        moved = u if strain is None else Strained(u, strain)  # pyright: ignore[reportArgumentType]
+        energy = np.where(inside, energies(system, moved), np.inf)
+        apart = mean_squared_displacement(u if strain is None else u @ stretches(strain))
+        return Observed(energy, apart, distribution.count(u, strain).astype(np.float32), strain)
 
     return observe
 

@@ -102,8 +102,6 @@ def settled(
         )
     if plan.flow is not None:
         system.require_fixed_cell("flows are for")
-    if plan.trajectory is not None:
-        system.require_fixed_cell("trajectories are compared with")
     from_frames(plan)
     return system, plan
 
@@ -147,10 +145,12 @@ def carried_out(
                     clock.lap("reference")
                     crossing = tune(run, fit.gaussian, report)
                     clock.lap("tuning")
-                    back = None if frames is None else _carry_back(run, fit.gaussian, crossing, frames, report)
+                    # A cell that moves may have been given another reference.
+                    mine = None if frames is None else frames.in_reference(system.crystal, run.system.crystal)
+                    back = None if mine is None else _carry_back(run, fit.gaussian, crossing, mine, report)
                     samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
                     clock.lap("sampling")
-                    return _result(run, fit, samples, frames, clock)
+                    return _result(run, fit, samples, mine, clock)
             except Exception as error:
                 # A process of a team cannot take another way than the others.
                 if not memory.ran_out(error) or batch == 1 or team.size() > 1:
@@ -225,23 +225,26 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
     """Reverse work of the frames: of all in memory without a bridge, of independent ones where each has to cross it."""
     stages = int(crossing.schedule.counts.sum())
     most = 2 * fewest_samples(run.system, run.plan) if stages else run.plan.max_samples
-    displacements, inefficiency = frames.frames(min(most, max(2, math.ceil(frames.effective))) if stages else most)
-    planned, moved = len(displacements) * max(stages, 1), 0
+    given, inefficiency = frames.frames(min(most, max(2, math.ceil(frames.effective))) if stages else most)
+    n_frames = len(jax.tree.leaves(given)[0])
+    planned, moved = n_frames * max(stages, 1), 0
 
     def on_segment(evaluations: int) -> None:  # called from the sampling threads; a lost update would dent the bar
         nonlocal moved
         moved += evaluations
 
     params = BridgeParams(gaussian, crossing.schedule)
-    jobs = run.sampler.cross_back(params, displacements, on_segment)
+    jobs = run.sampler.cross_back(params, given, on_segment)
     try:
         while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
-            text = f"{len(displacements)} frames on their way to the reference"
+            text = f"{n_frames} frames on their way to the reference"
             report(Progress("trajectory", min(moved / planned, 0.99), text))
     except KeyboardInterrupt:
         run.sampler.stop()
         raise
     work = np.concatenate(team.gathered(completed(jobs, wait_for_all=True)))
+    # On its sites by the cell that was described, but not by the one that was found: no sample of this ensemble.
+    work = work[~np.isneginf(work)]
     finite = work[np.isfinite(work)]
     return Frames(work, max(inefficiency, statistical_inefficiency(finite) if len(finite) else 1.0))
 

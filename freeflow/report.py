@@ -108,6 +108,10 @@ def write_comparison_report(comparison: Comparison, path: str | os.PathLike[str]
                 "mean squared displacement from the sites",
                 f"{_symbol(units.length)}²",
             ),
+            comparison.volume
+            and _distribution_plot(
+                comparison.volume, "volume", "Volume", "volume per atom", f"{_symbol(units.length)}³"
+            ),
             _series_plot(series, comparison.start, comparison.system.n_atoms, units),
             _work_plot(comparison.result),
             _running_plot(comparison.result, g),
@@ -318,7 +322,7 @@ def _comparison_head(comparison: Comparison) -> _Markup:
     return _join(
         [
             _title(result),
-            _tag("p", f"Model against trajectory: βF / N = {both} kT per atom", class_="headline"),
+            _tag("p", f"Model against trajectory: β{comparison.symbol} / N = {both} kT per atom", class_="headline"),
             _verdict(comparison.verdict, comparison.sentence),
             _warnings(comparison.warnings),
             _tag("section", _tag("h2", "Checks"), _table(checks, heads), class_="checks"),
@@ -327,7 +331,9 @@ def _comparison_head(comparison: Comparison) -> _Markup:
                 _tag(
                     "section", _tag("h2", "Trajectory and model"), _tag("p", series.path, class_="what"), _table(facts)
                 ),
-                _tag("section", _tag("h2", "βF / N [kT per atom]"), _table(comparison.free_energies)),
+                _tag(
+                    "section", _tag("h2", f"β{comparison.symbol} / N [kT per atom]"), _table(comparison.free_energies)
+                ),
                 class_="tables",
             ),
         ]

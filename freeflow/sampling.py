@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
@@ -22,15 +23,17 @@ from rich.text import Text
 from freeflow import bridge as bridges
 from freeflow import team
 from freeflow.bridge import BridgeParams, Pilot, Schedule, Segment
+from freeflow.cells import Strained, stretches
 from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import chain_correlation, effective_sample_size, equilibrated, record
 from freeflow.estimators.diagnostics import diagnose, reliability
 from freeflow.estimators.two_state import fep
+from freeflow.observers import observed_crystal
 from freeflow.pipeline import settled
-from freeflow.preparation import Clock, Progress, Report, Run, fit_reference, learned_flow, prepared, tune
+from freeflow.preparation import Clock, Progress, Report, Run, learned_flow, tune, with_reference
 from freeflow.references import Gaussian
 from freeflow.result import provenance, write_atomically
-from freeflow.trajectories import check_writable, energies, write
+from freeflow.trajectories import check_writable, energies, rows_of, write
 from freeflow.types import Plan, System, double_precision
 from freeflow.work import Crowd, completed, systematic_resample
 
@@ -57,7 +60,9 @@ class Sampling:
     system: System
     plan: Plan
     method: str  # mcmc | weighted | resampled
-    displacements: Float[np.ndarray, "n n_atoms 3"]  # from the sites, float32 [length]
+    # From the sites, float32; where the cell moves in the reference cell, that of `system` [length].
+    displacements: Float[np.ndarray, "n n_atoms 3"]
+    strains: Float[np.ndarray, "n 3 3"] | None  # logarithmic, of the cells; None if the cell is fixed
     energies: Float[np.ndarray, " n"]  # [energy]
     work: Float[np.ndarray, " n"] | None  # of weighted samples [kT]; their log weights are -work
     effective_samples: float
@@ -68,6 +73,17 @@ class Sampling:
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> Float[np.ndarray, "n 3 3"] | None:
+        """Lattice vectors of every configuration in rows; None if the cell is fixed [length]."""
+        return None if self.strains is None else self.system.crystal.cell @ stretches(self.strains)
+
+    @property
+    def volumes(self) -> Float[np.ndarray, " n"] | None:
+        """Of every configuration; None if the cell is fixed [length^3]."""
+        cells = self.cells
+        return None if cells is None else np.abs(np.linalg.det(cells))
 
     @property
     def exit_status(self) -> int:
@@ -149,6 +165,8 @@ def sample(
 ) -> Sampling:
     """Draw configurations of a crystal at its state, and write them as a trajectory if wanted.
 
+    Under a pressure each has a cell of its own.
+
     Args:
         system: A system, or what `freeflow.load` makes one from.
         n: How many.
@@ -166,7 +184,6 @@ def sample(
         KeyboardInterrupt: If interrupted before any sample was complete.
     """
     system, plan = settled(system, plan, {"estimator": "fep", "trajectory": None, **changes})
-    system.require_fixed_cell("frames are drawn of")
     if n < 1:
         raise InputError(f"n: at least one sample is needed, got {n}")
     if method not in _METHODS:
@@ -180,36 +197,43 @@ def sample(
     report, clock = progress or (lambda _: None), Clock()
     with double_precision():
         flow = learned_flow(system, plan, report)
-        with prepared(system, plan, flow) as run:
-            gaussian = fit_reference(run, report).gaussian
+        with with_reference(system, plan, flow, report) as (run, fit):
+            system = run.system  # a cell that moves may have been given another reference
             clock.lap("reference")
             if method == "mcmc":
-                drawn = _monte_carlo(run, gaussian, n, report)
+                drawn = _monte_carlo(run, fit.gaussian, n, report)
             else:
-                drawn = _from_model(run, gaussian, n, report, resample=method == "resampled")
+                drawn = _from_model(run, fit.gaussian, n, report, resample=method == "resampled")
             evaluations = sum(run.sampler.energy_evaluations.values())
     clock.lap("sampling")
-    report(Progress("energies", None, f"of {len(drawn.displacements)} samples"))
-    potential, files = energies(system, drawn.displacements.astype(float)), []
+    u, strains = _parts(drawn.configurations)
+    report(Progress("energies", None, f"of {len(u)} samples"))
+    potential, files = energies(system, _joined(u.astype(float), strains)), []
     if output is not None:
         report(Progress("writing", None, str(output)))
-        files = write(output, system, drawn.displacements, potential)
+        files = write(output, system, u, potential, strains)
         files.append(_table(Path(output), system, drawn, potential))
     return Sampling(
         system=system,
         plan=plan,
         method=method,
+        displacements=u,
+        strains=strains,
+        work=drawn.work,
+        effective_samples=drawn.effective_samples,
+        facts=drawn.facts,
+        status=drawn.status,
+        warnings=(*drawn.warnings, *run.warnings),
         energies=potential,
         energy_evaluations=evaluations + len(potential),
         wall_seconds=clock.seconds(),
         files=tuple(files),
         provenance=provenance(system, plan),
-        **drawn._replace(warnings=(*drawn.warnings, *run.warnings))._asdict(),
     )
 
 
 class _Drawn(NamedTuple):
-    displacements: np.ndarray
+    configurations: np.ndarray | Strained  # displacements (n, n_atoms, 3) float32, with strains where the cell moves
     work: np.ndarray | None
     effective_samples: float
     facts: dict[str, Any]
@@ -217,9 +241,24 @@ class _Drawn(NamedTuple):
     warnings: tuple[str, ...]
 
 
+def _parts(configurations: np.ndarray | Strained) -> tuple[np.ndarray, np.ndarray | None]:
+    """Displacements and strains."""
+    if isinstance(configurations, Strained):
+        return np.asarray(configurations.displacements), np.asarray(configurations.strain)
+    return configurations, None
+
+
+def _joined(u: np.ndarray, strains: np.ndarray | None) -> np.ndarray | Strained:
+    return u if strains is None else Strained(u, strains)  # pyright: ignore[reportArgumentType]
+
+
 def _table(output: Path, system: System, drawn: _Drawn, potential: np.ndarray) -> Path:
-    """Energies, and what the weights follow from, one row per frame."""
+    """Energies, volumes where they change, and what the weights follow from, one row per frame."""
     columns = {"frame": np.arange(len(potential)), f"energy [{system.units.energy}]": potential}
+    _, strains = _parts(drawn.configurations)
+    if strains is not None:
+        volumes = system.crystal.volume * np.exp(np.trace(strains, axis1=1, axis2=2))
+        columns[f"volume [{system.units.length}^3]"] = volumes
     if drawn.work is not None:
         lightest = drawn.work[np.isfinite(drawn.work)].min(initial=math.inf)
         weights = np.exp(np.minimum(lightest - drawn.work, 0.0))
@@ -260,7 +299,7 @@ def _monte_carlo(run: Run, gaussian: Gaussian, n: int, report: Report) -> _Drawn
     try:
         while len(taken) < rounds:
             crowd.move(_stay(step, interval), "sampling")
-            taken.append((crowd.displacements().astype(np.float32), crowd.corrections()))
+            taken.append((observed_crystal(crowd.displacements()), crowd.corrections()))
             report(
                 Progress(
                     "sampling", len(taken) / rounds, f"{len(taken) * len(crowd)} samples, one every {interval} steps"
@@ -273,8 +312,8 @@ def _monte_carlo(run: Run, gaussian: Gaussian, n: int, report: Report) -> _Drawn
         status = "interrupted"
     acceptance = float(np.mean(crowd.read("accepted") - before)) / (len(taken) * interval)
     # (rounds, chains, ...) to chain after chain.
-    u, missed = (
-        np.swapaxes(np.stack(part), 0, 1).reshape(-1, *part[0].shape[1:])[:n] for part in zip(*taken, strict=True)
+    configurations, missed = jax.tree.map(
+        lambda *rounds: np.swapaxes(np.stack(rounds), 0, 1).reshape(-1, *rounds[0].shape[1:])[:n], *taken
     )
     lost = ~np.isfinite(missed)
     warnings = []
@@ -283,9 +322,9 @@ def _monte_carlo(run: Run, gaussian: Gaussian, n: int, report: Report) -> _Drawn
     if lost.any() or np.std(missed) > _UNEVEN:
         # The kernel's neighbour list and precision gave other weights than the target's.
         chosen = systematic_resample(-missed, np.random.default_rng(run.plan.seed))
-        u = u[chosen]
+        configurations = rows_of(configurations, chosen)
         warnings.append(
-            f"{len(u) - len(np.unique(chosen))} samples are repeats: they stand for some that had left the crystal"
+            f"{len(chosen) - len(np.unique(chosen))} samples are repeats: they stand for some that had left the crystal"
         )
     melted = float(lost.mean()) > _LOST
     if melted:
@@ -312,7 +351,7 @@ def _monte_carlo(run: Run, gaussian: Gaussian, n: int, report: Report) -> _Drawn
         "inefficiency_of_samples": g,
         "acceptance": acceptance,
     }
-    return _Drawn(u, None, len(u) / g, facts, status, tuple(warnings))
+    return _Drawn(configurations, None, len(missed) / g, facts, status, tuple(warnings))
 
 
 def _annealing(pilot: Pilot) -> Schedule:
@@ -362,7 +401,7 @@ def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: 
         moved += evaluations
 
     params = BridgeParams(gaussian, crossing.schedule)
-    jobs = sampler.cross(params, range(-(-n // sampler.batch)), on_segment, observe=np.float32)
+    jobs = sampler.cross(params, range(-(-n // sampler.batch)), on_segment, observe=observed_crystal)
     status = "complete"
     try:
         while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
@@ -377,7 +416,7 @@ def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: 
         raise KeyboardInterrupt
     work = np.concatenate([part.forward for part in arrived])[:n]
     # What is nowhere has no weight either.
-    u = np.nan_to_num(np.concatenate([part.observed for part in arrived])[:n])
+    drawn = jax.tree.map(lambda *parts: np.nan_to_num(np.concatenate(parts)[:n]), *(part.observed for part in arrived))
     weights = record(work)
     answer = fep(weights)
     reasons = reliability(diagnose(weights, seed=run.plan.seed), answer)
@@ -386,7 +425,7 @@ def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: 
     effective = effective_sample_size(-work) if np.isfinite(work).any() else 0.0
     facts: dict[str, Any] = {"stages": stages, "ess_fraction": float(answer.ess_fraction)}
     if not resample:
-        return _Drawn(u, work, effective, facts, status, tuple(reasons))
+        return _Drawn(drawn, work, effective, facts, status, tuple(reasons))
     chosen = systematic_resample(-work, np.random.default_rng(run.plan.seed))
     facts["distinct"] = len(np.unique(chosen))
-    return _Drawn(u[chosen], None, effective, facts, status, tuple(reasons))
+    return _Drawn(rows_of(drawn, chosen), None, effective, facts, status, tuple(reasons))

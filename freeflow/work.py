@@ -18,6 +18,7 @@ from jaxtyping import Array
 from freeflow import bridge as bridges
 from freeflow import team
 from freeflow.bridge import Bridge, BridgeParams, Pilot, Schedule, Segment, Walker
+from freeflow.cells import Strained
 from freeflow.references import Gaussian, GaussianCrystal
 from freeflow.types import Configuration, Device, Ensemble, Key, ThermodynamicState, Transport, double_precision
 
@@ -173,8 +174,10 @@ class BridgeSampler:
         elif name == "displacements":
             piece = jax.jit(jax.vmap(self._displacements, (None, 0))).lower(like, walker.z)
         elif name == "whiten":
-            shape = (self.batch, self.recipe.crystal.n_atoms, 3)
-            piece = jax.jit(jax.vmap(self._whiten, (None, 0))).lower(like, jax.ShapeDtypeStruct(shape, "float64"))
+            given: Any = jax.ShapeDtypeStruct((self.batch, self.recipe.crystal.n_atoms, 3), "float64")
+            if self.recipe.n_strains:
+                given = Strained(given, jax.ShapeDtypeStruct((self.batch, 3, 3), "float64"))  # pyright: ignore[reportArgumentType]
+            piece = jax.jit(jax.vmap(self._whiten, (None, 0))).lower(like, given)
         else:
             move = self.bridge.forward_segment if name == "forward" else self.bridge.reverse_segment
             over_batch = jax.jit(jax.vmap(move, (None, 0, 0, None, None)), donate_argnums=2)
@@ -188,7 +191,7 @@ class BridgeSampler:
     def _displacements(self, gaussian: Gaussian, z: Array) -> Any:
         return self.coordinates.displacements(self.recipe.colour(gaussian, z.astype("float64")))
 
-    def _whiten(self, gaussian: Gaussian, displacements: Array) -> Array:
+    def _whiten(self, gaussian: Gaussian, displacements: Any) -> Array:
         return self.recipe.whiten(gaussian, self.coordinates.configuration(displacements)).astype(self._launch_dtype)
 
     def each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
@@ -319,13 +322,12 @@ class BridgeSampler:
         z = np.asarray(walker.z, np.float64)
         return self.correct(gaussian, walker, "sampling") - 0.5 * (z**2).sum(axis=(1, 2))
 
-    def _cross_back(
-        self, params: BridgeParams, index: int, frames: np.ndarray, on_segment: OnSegment
-    ) -> np.ndarray | None:
-        gaussian, keys, n = params.gaussian, self.keys(index), len(frames)
+    def _cross_back(self, params: BridgeParams, index: int, frames: Any, on_segment: OnSegment) -> np.ndarray | None:
+        gaussian, keys, n = params.gaussian, self.keys(index), _count(frames)
         # The last batch is filled up with its last frame: one shape compiles once.
-        whole = np.concatenate([frames, np.broadcast_to(frames[-1], (self.batch - n, *frames.shape[1:]))])
-        z = self.compile("whiten", gaussian).result()(gaussian, np.asarray(whole, np.float64))
+        rows = np.minimum(np.arange(self.batch), n - 1)
+        whole = jax.tree.map(lambda part: np.asarray(part[rows], np.float64), frames)
+        z = self.compile("whiten", gaussian).result()(gaussian, whole)
         walker = self.launch(keys)._replace(z=z)
         if not len(params.schedule.counts):
             # Displacements that the reference never gives, beyond where it ends, have infinite u_A.
@@ -338,13 +340,17 @@ class BridgeSampler:
         return None if walker is None else (np.asarray(walker.work) - departure)[:n]
 
     def cross_back(
-        self, params: BridgeParams, frames: np.ndarray, on_segment: OnSegment = lambda _: None
+        self, params: BridgeParams, frames: Any, on_segment: OnSegment = lambda _: None
     ) -> list[Future[np.ndarray | None]]:
-        """Begin to carry given samples of the target (n, n_atoms, 3), batch by batch, to the reference.
+        """Begin to carry given samples of the target, batch by batch, to the reference.
 
-        Each batch ends as the work of its frames [kT], or None if stopped. A process begins its share of them.
+        They are displacements (n, n_atoms, 3), or a batch of `freeflow.cells.Strained` where the cell moves. Each
+        batch ends as the work of its frames [kT], or None if stopped. A process begins its share of them.
         """
-        batches = [frames[first : first + self.batch] for first in range(0, len(frames), self.batch)]
+        batches = [
+            jax.tree.map(lambda part, first=first: part[first : first + self.batch], frames)
+            for first in range(0, _count(frames), self.batch)
+        ]
         return [
             # Far from the batches of the run, so that no random number serves twice.
             self._submit(self._cross_back, params, 3 * 2**29 + k, batch, on_segment)
@@ -429,15 +435,20 @@ class Crowd:
         """Exact target minus the kernel that walkers move by [kT]; infinite where an atom left its site."""
         return self._together(self._sampler.each(lambda w: self._sampler.correct(self._gaussian, w), self._walkers))
 
-    def displacements(self) -> np.ndarray:
-        """Where walkers stand (n_walkers, n_atoms, 3) [length]."""
+    def displacements(self) -> Any:
+        """Where walkers stand (n_walkers, n_atoms, 3) [length], with the strains of their cells if these move."""
         return self._together(
             self._sampler.each(lambda w: self._sampler.displacements(self._gaussian, w), self._walkers)
         )
 
     @staticmethod
-    def _together(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(team.gathered(parts))
+    def _together(parts: list[Any]) -> Any:
+        return jax.tree.map(lambda *some: np.concatenate(some), *team.gathered(parts))
+
+
+def _count(frames: Any) -> int:
+    """Rows of a tree of arrays."""
+    return len(jax.tree.leaves(frames)[0])
 
 
 def completed(jobs: Iterable[Future[R | None]], wait_for_all: bool = False) -> list[R]:

@@ -740,9 +740,8 @@ class SystemSection(_FileSection):
             if self.cell_motion is not None:
                 raise _wrong("a cell moves under a pressure; give pressure, too (it may be 0)", ("cell_motion",))
             return self
-        for key, value in (("flow", self.estimate.flow), ("trajectory", self.estimate.trajectory)):
-            if value is not None:
-                raise _wrong("for crystals in a fixed cell only; leave it out, or the pressure", ("estimate", key))
+        if self.estimate.flow is not None:
+            raise _wrong("for crystals in a fixed cell only; leave it out, or the pressure", ("estimate", "flow"))
         try:
             pressure = self._in_unit_of_style(self.pressure)
         except InputError as error:

@@ -8,7 +8,7 @@ which frames are samples of the target.
 from freeflow.trajectories.alignment import Aligned, to_displacements
 from freeflow.trajectories.equilibrium import Equilibrium, equilibrium
 from freeflow.trajectories.files import Box, Frames, read, topology
-from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision
+from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision, rows_of
 from freeflow.trajectories.series import FrameSeries, frame_series
 from freeflow.trajectories.writing import check_writable, write
 
@@ -26,6 +26,7 @@ __all__ = [
     "equilibrium",
     "frame_series",
     "read",
+    "rows_of",
     "to_displacements",
     "topology",
     "write",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from freeflow.errors import LostCrystalError
 from freeflow.estimators import equilibrated, statistical_inefficiency
 from freeflow.trajectories.series import FrameSeries
+from freeflow.types import Crystal
 
 LOST = 0.01  # share of frames with an atom off its site above which there is no crystal to speak of
 FEWEST = 10.0  # independent frames; fewer tell neither a mean nor its error
@@ -20,7 +21,7 @@ class Equilibrium(NamedTuple):
 
     series: FrameSeries
     start: int  # its first frame
-    inefficiency: float  # statistical inefficiency g >= 1 of the energies from there on
+    inefficiency: float  # statistical inefficiency g >= 1 of energies, and volumes, from there on
 
     @property
     def used(self) -> Bool[np.ndarray, " n_frames"]:
@@ -36,11 +37,14 @@ class Equilibrium(NamedTuple):
         """Statistical inefficiency of another number per frame; never below that of the energies."""
         return max(self.inefficiency, statistical_inefficiency(values[self.used]))
 
-    def frames(self, n: int) -> tuple[Float[np.ndarray, "n_some n_atoms 3"], float]:
-        """At most `n` displacements, evenly spaced in time, and the statistical inefficiency of this thinner series."""
+    def frames(self, n: int) -> tuple[Any, float]:
+        """At most `n` frames, evenly spaced in time, and the statistical inefficiency of this thinner series.
+
+        Frames are displacements (n_some, n_atoms, 3), or a batch of `freeflow.cells.Strained` where the cell moves.
+        """
         choice = np.flatnonzero(self.used[self.series.kept])
         choice = choice[np.linspace(0, len(choice) - 1, min(n, len(choice))).round().astype(int)]
-        return self.series.displacements[choice], max(1.0, len(choice) / self.effective)
+        return self.series.configurations(choice), max(1.0, len(choice) / self.effective)
 
     def halves(self) -> tuple[Equilibrium, Equilibrium]:
         """The earlier and the later half of what is in equilibrium: what one is fitted to, the other can test."""
@@ -49,6 +53,10 @@ class Equilibrium(NamedTuple):
         return self._replace(series=self.series.part(0, middle)), Equilibrium(
             self.series.part(middle, n), 0, self.inefficiency
         )
+
+    def in_reference(self, before: Crystal, after: Crystal) -> Equilibrium:
+        """The same relative to another reference cell, where the cell moves."""
+        return self._replace(series=self.series.in_reference(before, after))
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -83,7 +91,7 @@ class Equilibrium(NamedTuple):
 
 
 def equilibrium(series: FrameSeries) -> Equilibrium:
-    """Where equilibration ends, by the energies, and the statistical inefficiency from there on.
+    """Where equilibration ends, by energies and volumes, and the statistical inefficiency from there on.
 
     Raises:
         LostCrystalError: If no frame is this crystal.
@@ -95,5 +103,9 @@ def equilibrium(series: FrameSeries) -> Equilibrium:
         melted = int(series.melted.sum())
         state = f"{melted} melted, {series.n_frames - melted} with an atom off its site"
         raise LostCrystalError(f"{series.path}: none of {series.n_frames} frames is this crystal ({state})")
-    start, inefficiency, _ = equilibrated(series.energies[sound])
+    numbers = [series.energies[sound]]
+    if series.strains is not None:  # a barostat may be slow
+        numbers.append(np.trace(series.strains[sound], axis1=1, axis2=2))
+    start = max(equilibrated(values).start for values in numbers)
+    inefficiency = max(statistical_inefficiency(values[start:]) for values in numbers)
     return Equilibrium(series, int(sound[start]) if start else 0, inefficiency)

@@ -10,6 +10,9 @@ held to it. Other formats have lengths of their own, angstrom (extxyz, .traj, DC
 (XTC, TRR, HDF5), converted for the styles `real` and `metal`. With `lj`, numbers in ASE's formats
 are taken as they are; for mdtraj's formats programs differ in whether one sigma is stored as one angstrom or as
 one nanometre, and the cell in the file tells which: the two differ by a factor of ten.
+
+Frames of a system whose cell moves have each a cell of their own. They are brought into the system's reference cell,
+without the rotation that a program may have given to the cell, and their strain is told.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from freeflow.cells import CELL_MOTIONS, LARGEST_STRETCH, CellMotion, strains_between, stretches
 from freeflow.errors import InputError
 from freeflow.geometry import face_distances
 from freeflow.trajectories.alignment import UNKNOWN_SPECIES, formula, to_displacements
@@ -45,12 +49,13 @@ _CHUNK = 1 << 21  # coordinates in memory at a time, if the caller does not say
 class Frames(NamedTuple):
     """Consecutive frames of a file, in the system's length unit and the orientation of its cell."""
 
-    positions: Float[np.ndarray, "n_frames n_atoms 3"]  # [length]
+    positions: Float[np.ndarray, "n_frames n_atoms 3"]  # scaled into the reference cell if the cell moves [length]
     cells: Float[np.ndarray, "n_frames 3 3"]  # rows are lattice vectors [length]; NaN where the file has none
     energies: Float[np.ndarray, " n_frames"]  # as the file has them (see compare_energies); NaN where it has none
     index: int  # of the first frame in the file, from 0
     resolution: float  # to which the file rounds positions [length]
     species: tuple[str, ...] | None  # None where the file does not tell
+    strains: Float[np.ndarray, "n_frames 3 3"] | None = None  # logarithmic, of the cells; None if the cell is fixed
 
 
 @dataclass(frozen=True)
@@ -256,19 +261,27 @@ def _checked(form: _Format, request: _Request, system: System | Box, sigma: str 
         if scale is None:
             scale = _scale(form, system, cells[0], sigma, path)
         positions, cells = np.asarray(block.positions, float) * scale, cells * scale
-        strain = _strain(cells, crystal)
-        # Not beyond: NaN is a cell that the file does not have.
         tolerance = CELL_TOLERANCE + form.cell_resolution * scale / face_distances(crystal.cell).min()
-        if (strain > tolerance).any():
-            k = int(np.argmax(strain > tolerance))
-            raise InputError(f"{frame(k)}: {_wrong_cell(cells[k], strain[k], crystal, system.units)}")
-        if turned is None:
-            turned = _is_turned(cells[0], positions[0], crystal)
-        if turned:
-            turn = np.linalg.inv(cells[0]) @ crystal.cell
-            positions, cells = positions @ turn, cells @ turn
+        if not isinstance(system, Box) and system.cell_motion is not None:
+            strains = _strains(cells, system, CELL_MOTIONS[system.cell_motion], tolerance, frame)
+            f = stretches(strains)
+            if turned is None:
+                turned = _turns_with_cell(cells[0], f[0], positions[0], system.crystal)
+            positions = positions @ np.linalg.inv(np.linalg.solve(crystal.cell, cells) if turned else f)
+            cells = crystal.cell @ f
+        else:
+            strain, strains = _strain(cells, crystal), None
+            # Not beyond: NaN is a cell that the file does not have.
+            if (strain > tolerance).any():
+                k = int(np.argmax(strain > tolerance))
+                raise InputError(f"{frame(k)}: {_wrong_cell(cells[k], strain[k], crystal, system.units)}")
+            if turned is None:
+                turned = _is_turned(cells[0], positions[0], crystal)
+            if turned:
+                turn = np.linalg.inv(cells[0]) @ crystal.cell
+                positions, cells = positions @ turn, cells @ turn
         energies = np.full(n_frames, np.nan) if block.energies is None else np.asarray(block.energies, float)
-        yield Frames(positions, cells, energies, index, float(block.resolution * scale), species)
+        yield Frames(positions, cells, energies, index, float(block.resolution * scale), species, strains)
         index += n_frames * request.stride
     if index == request.start:
         more = f" from frame {request.start} on" if request.start else ""
@@ -338,6 +351,49 @@ def _is_turned(cell: np.ndarray, positions: np.ndarray, crystal: Crystal | Box) 
     if isinstance(crystal, Box):  # a fluid fits either way; the faces of its cell do not
         return True
     as_given, with_cell = (to_displacements(x[None], crystal).n_off[0] for x in (positions, positions @ turn))
+    return bool(with_cell <= as_given)
+
+
+def _strains(
+    cells: np.ndarray, system: System, motion: CellMotion, tolerance: float, frame: Callable[[int], str]
+) -> np.ndarray:
+    """Logarithmic strains (n_frames, 3, 3) of cells that move.
+
+    Raises:
+        InputError: If a frame has no cell, or one that the motion does not lead to.
+    """
+    crystal = system.crystal
+    none = np.isnan(cells).any(axis=(1, 2))
+    if none.any():
+        k = int(np.argmax(none))
+        raise InputError(f"{frame(k)}: there is no cell; under a pressure every frame needs its own")
+    with np.errstate(all="ignore"):  # of nonsense cells
+        strains = strains_between(crystal.cell, cells)
+        largest = np.abs(np.linalg.eigvalsh(np.nan_to_num(strains, nan=1e9, posinf=1e9, neginf=-1e9))).max(axis=1)
+    far = ~(largest <= LARGEST_STRETCH)
+    if far.any():
+        k = int(np.argmax(far))
+        raise InputError(
+            f"{frame(k)}: the cell {_shape(cells[k])} is not the system's {_shape(crystal.cell)} "
+            f"{system.units.length}, stretched by less than {math.expm1(LARGEST_STRETCH):.0%}; is it in another "
+            "unit, or written another way?"
+        )
+    coordinates = np.tensordot(strains, motion.basis, ((1, 2), (1, 2)))
+    beside = np.abs(strains - np.tensordot(coordinates, motion.basis, 1)).max(axis=(1, 2))
+    if (beside > tolerance).any():
+        k = int(np.argmax(beside > tolerance))
+        fits = "orthorhombic or triclinic" if motion.name == "isotropic" else "triclinic"
+        raise InputError(
+            f"{frame(k)}: the cell {_shape(cells[k])} has another shape than the system's {_shape(crystal.cell)} "
+            f"{system.units.length}, and cell_motion: {motion.name} does not change it; {fits} would"
+        )
+    return strains
+
+
+def _turns_with_cell(cell: np.ndarray, stretch: np.ndarray, positions: np.ndarray, crystal: Crystal) -> bool:
+    """The same for a cell that moves, where programs turn the cell a little in every frame and the atoms with it."""
+    by_cell, by_stretch = (np.linalg.inv(f) for f in (np.linalg.solve(crystal.cell, cell), stretch))
+    with_cell, as_given = (to_displacements(positions[None] @ f, crystal).n_off[0] for f in (by_cell, by_stretch))
     return bool(with_cell <= as_given)
 
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from freeflow.cells import Strained
 from freeflow.geometry import NeighbourTable, nearest_neighbour_distance, neighbour_table
+from freeflow.isobaric import energy_alone
 from freeflow.potentials import External, Potential, many_body, on_crystal
 from freeflow.types import System, double_precision
 from freeflow.units import UnitStyle
@@ -33,33 +35,35 @@ class EnergyComparison(NamedTuple):
 
 
 def energies(
-    system: System, displacements: Float[np.ndarray, "n_frames n_atoms 3"], batch: int | None = None
+    system: System, frames: Float[np.ndarray, "n_frames n_atoms 3"] | Strained, batch: int | None = None
 ) -> Float[np.ndarray, " n_frames"]:
     """Total potential energies of frames [energy], in float64, on all cores.
 
     The lattice's energy plus what the system's own target ensemble says, to rounding. Infinite where an atom is off
-    its site: the ensemble ends there.
+    its site, and where a cell that moves is out of its range: the ensemble ends there.
 
     Args:
         system: Whose potential and crystal it is.
-        displacements: From the sites, mean-free [length].
+        frames: Displacements from the sites, mean-free [length]; with their strains where the cell moves.
         batch: Frames that a core evaluates together; by default as many as fit in its cache.
     """
+    displacements = frames.displacements if isinstance(frames, Strained) else frames
     largest = np.sqrt(np.max(np.einsum("fni,fni->fn", displacements, displacements), axis=1, initial=0.0))
     half = 0.5 * nearest_neighbour_distance(system.crystal)
     # The target itself decides at the very edge.
     inside = np.flatnonzero(largest < (1 + 1e-9) * half)
-    fixed = system.nearest_image_only or isinstance(system.potential, External)  # no table to be narrowed
-    level = None if fixed else _level(largest[inside] / half)
+    # No table to be narrowed.
+    given = system.nearest_image_only or isinstance(system.potential, External) or system.cell_motion is not None
+    level = None if given else _level(largest[inside] / half)
     near = largest[inside] <= (0.0 if level is None else level) * half
     found = np.full(len(displacements), np.inf)
 
     def at_these(evaluate: Evaluator) -> Callable[[np.ndarray], jax.Array]:
-        return lambda rows: evaluate(displacements[rows])
+        return lambda rows: evaluate(rows_of(frames, rows))
 
-    for frames, at in ((inside[near], level), (inside[~near], None)):
-        if len(frames):
-            found[frames] = in_batches(at_these(_evaluator(system, at)), frames, batch or batch_size(system))
+    for some, at in ((inside[near], level), (inside[~near], None)):
+        if len(some):
+            found[some] = in_batches(at_these(_evaluator(system, at)), some, batch or batch_size(system))
     on_crystal(system.potential, system.crystal).require()
     return found
 
@@ -81,7 +85,12 @@ def _level(largest: np.ndarray) -> float | None:
     return next((level for level in _LEVELS if level >= needed), None)
 
 
-Evaluator = Callable[[Any], jax.Array]  # displacements (batch, n_atoms, 3) -> energies (batch,)
+def rows_of(frames: Any, rows: Any) -> Any:
+    """Some frames of many: displacements (n, n_atoms, 3), or a batch of `freeflow.cells.Strained`."""
+    return jax.tree.map(lambda part: part[rows], frames)
+
+
+Evaluator = Callable[[Any], jax.Array]  # displacements (batch, n_atoms, 3), or with strains -> energies (batch,)
 
 
 def _evaluator(system: System, level: float | None) -> Evaluator:
@@ -101,6 +110,9 @@ def _evaluators(_reduced_potential: Callable[..., Any]) -> dict[float | None, Ev
 
 def _from_target(system: System) -> Evaluator:
     beta, rest = float(system.state.beta), system.constants["lattice energy"]
+    if system.cell_motion is not None:
+        alone = jax.vmap(energy_alone(system))
+        return lambda x: rest / beta + alone(x)
     reduced = jax.vmap(system.target.reduced_potential, in_axes=(0, None))
     return lambda u: (rest + reduced(u, system.state)) / beta
 
@@ -170,7 +182,7 @@ def _n_cores() -> int:
 
 
 def energy_precision(
-    system: System, displacements: Float[np.ndarray, "n_frames n_atoms 3"], resolution: float
+    system: System, frames: Float[np.ndarray, "n_frames n_atoms 3"] | Strained, resolution: float
 ) -> float:
     """What rounding positions to `resolution` [length] may do to the energies of frames [energy].
 
@@ -178,11 +190,13 @@ def energy_precision(
     half the resolution. From up to 16 of the frames; for `compare_energies`.
     """
     beta = float(system.state.beta)
-    some = displacements[:: max(1, len(displacements) // 16)][:16]
-    if not len(some):
+    n_frames = len(jax.tree.leaves(frames)[0])
+    some = rows_of(frames, np.arange(0, n_frames, max(1, n_frames // 16))[:16])
+    if not n_frames:
         return 0.0
     with double_precision():
-        slopes = np.asarray(_gradients(system.target.reduced_potential)(some, system.state)) / beta
+        found = _gradients(system.target.reduced_potential)(some, system.state)
+    slopes = np.asarray(found.displacements if isinstance(found, Strained) else found) / beta
     norms = np.linalg.norm(slopes.reshape(len(some), -1), axis=1)
     return float(5 * resolution / math.sqrt(12) * norms[np.isfinite(norms)].max(initial=0.0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from freeflow.cells import CELL_MOTIONS, CellMotion, Strained, strains_in_another_cell, stretches
 from freeflow.errors import InputError
 from freeflow.trajectories.alignment import to_displacements
 from freeflow.trajectories.files import read
 from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision
-from freeflow.types import System
+from freeflow.types import Crystal, System
+
+# Strain that cells of a run at constant volume may differ by: rounding. Those of 8000 atoms of silicon, which is hard,
+# scatter by 5e-4 at room temperature.
+_AT_REST = 1e-5
 
 
 class FrameSeries(NamedTuple):
@@ -24,7 +30,9 @@ class FrameSeries(NamedTuple):
     n_frames: int
     energies: Float[np.ndarray, " n_frames"]  # recomputed [energy]; infinite for frames that are not sound
     file_energies: Float[np.ndarray, " n_frames"]  # as the file has them; NaN where it has none
-    mean_squared_displacements: Float[np.ndarray, " n_frames"]  # mean over atoms of |u|^2 [length^2]
+    mean_squared_displacements: Float[
+        np.ndarray, " n_frames"
+    ]  # mean over atoms of |u|^2, in the frame's cell [length^2]
     n_off: Int[np.ndarray, " n_frames"]  # atoms off their sites
     melted: Bool[np.ndarray, " n_frames"]
     hopped: Bool[np.ndarray, " n_frames"]
@@ -32,6 +40,7 @@ class FrameSeries(NamedTuple):
     energy_comparison: EnergyComparison
     kept: Int[np.ndarray, " n_kept"]  # numbers in the series of the frames whose displacements are kept
     displacements: Float[np.ndarray, "n_kept n_atoms 3"]  # of sound frames, evenly spaced [length]
+    strains: Float[np.ndarray, "n_frames 3 3"] | None = None  # of cells that move; displacements are in their reference
 
     @property
     def sound(self) -> Bool[np.ndarray, " n_frames"]:
@@ -51,7 +60,28 @@ class FrameSeries(NamedTuple):
             hopped=self.hopped[some],
             kept=self.kept[inside] - start,
             displacements=self.displacements[inside],
+            strains=None if self.strains is None else self.strains[some],
         )
+
+    def configurations(self, some: Int[np.ndarray, " n_some"]) -> np.ndarray | Strained:
+        """Kept frames, by their place among these: displacements, with strains where the cell moves."""
+        strains = None if self.strains is None else self.strains[self.kept[some]]
+        return _configurations(self.displacements[some], strains)
+
+    def in_reference(self, before: Crystal, after: Crystal) -> FrameSeries:
+        """Frames of a cell that moves, relative to another reference cell; which frames are sound is not asked anew."""
+        if self.strains is None or np.array_equal(before.cell, after.cell):
+            return self
+        deformed = np.linalg.solve(before.cell, after.cell)
+        return self._replace(
+            displacements=self.displacements @ deformed, strains=strains_in_another_cell(self.strains, deformed)
+        )
+
+    def volumes(self, crystal: Crystal) -> Float[np.ndarray, " n_frames"] | None:
+        """Of cells that move, by the crystal in their reference cell [length^3]; None if the cell is fixed."""
+        if self.strains is None:
+            return None
+        return crystal.volume * np.exp(np.trace(self.strains, axis1=1, axis2=2))
 
 
 def frame_series(
@@ -90,18 +120,22 @@ def frame_series(
     store = _Store(system.n_atoms, max_coordinates)
     ours: list[Future[np.ndarray]] = []
     columns: list[tuple[np.ndarray, ...]] = []
+    cells: list[np.ndarray] = []
     guess, resolution, n_done = None, 0.0, 0
     with ThreadPoolExecutor(1) as side:
         for frames in read(path, system, topology, start=start, stop=stop, stride=stride, sigma=sigma):
             aligned = to_displacements(frames.positions, system.crystal, frames.species, guess)
-            u, sound = aligned.displacements, aligned.sound
+            u, sound, strains = aligned.displacements, aligned.sound, frames.strains
             if sound.any():
                 guess = aligned.order[np.flatnonzero(sound)[-1]]
             # Energies of one chunk, not more, are found while the next is read and aligned.
             wait(ours[-1:])
-            ours.append(side.submit(energies, system, u))
-            spread = np.einsum("fni,fni->f", u, u) / system.n_atoms
+            ours.append(side.submit(energies, system, _configurations(u, strains)))
+            apart = u if strains is None else u @ stretches(strains)
+            spread = np.einsum("fni,fni->f", apart, apart) / system.n_atoms
             columns.append((frames.energies, spread, aligned.n_off, aligned.melted, aligned.hopped))
+            if strains is not None:
+                cells.append(strains)
             store.add(n_done, u, sound)
             resolution = max(resolution, frames.resolution)
             n_done += len(u)
@@ -110,7 +144,11 @@ def frame_series(
     recomputed = np.concatenate([chunk.result() for chunk in ours])
     theirs, spread, n_off, melted, hopped = (np.concatenate(column) for column in zip(*columns, strict=True))
     kept, displacements = store.result()
-    precision = energy_precision(system, displacements, resolution)
+    strains = np.concatenate(cells) if cells else None
+    if strains is not None and system.cell_motion is not None:
+        _require_motion(str(path), strains, CELL_MOTIONS[system.cell_motion])
+    some = _configurations(displacements, None if strains is None else strains[kept])
+    precision = energy_precision(system, some, resolution)
     comparison = compare_energies(theirs, recomputed, precision, system.units)
     return FrameSeries(
         str(path),
@@ -125,7 +163,36 @@ def frame_series(
         comparison,
         kept,
         displacements,
+        strains,
     )
+
+
+def _configurations(displacements: np.ndarray, strains: np.ndarray | None) -> np.ndarray | Strained:
+    return displacements if strains is None else Strained(displacements, strains)  # pyright: ignore[reportArgumentType]
+
+
+def _require_motion(path: str, strains: Float[np.ndarray, "n_frames 3 3"], motion: CellMotion) -> None:
+    """Refuse frames from a run whose cell was fixed, or free in fewer ways than the system's.
+
+    Raises:
+        InputError: If a combination of strains never changes.
+    """
+    coordinates = np.tensordot(strains, motion.basis, ((1, 2), (1, 2)))
+    if len(coordinates) < 2:
+        return
+    if np.ptp(coordinates, axis=0).max() < _AT_REST:
+        raise InputError(
+            f"{path}: the cell is the same in all {len(strains)} frames: a run at constant volume, but the system is "
+            "under a pressure; leave the pressure out, or take a run at constant pressure"
+        )
+    # Fewer frames than that span no more ways.
+    if len(coordinates) > 2 * motion.n_strains:
+        spread = np.linalg.svd(coordinates - coordinates.mean(axis=0), compute_uv=False)[-1] / math.sqrt(len(strains))
+        if spread < _AT_REST:
+            raise InputError(
+                f"{path}: the cell changes in fewer ways than cell_motion: {motion.name} lets it; "
+                "say how it moved, isotropic for instance"
+            )
 
 
 class _Store:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from freeflow.cells import stretches
 from freeflow.errors import FreeflowError, InputError
 from freeflow.geometry import nearest_neighbour_distance
 from freeflow.trajectories.alignment import UNKNOWN_SPECIES
@@ -40,6 +41,7 @@ class _Chunk(NamedTuple):
 
     first: int  # number of the first frame
     positions: np.ndarray  # (n_frames, n_atoms, 3) [angstrom, or the style's length]
+    cells: np.ndarray  # (n_frames, 3, 3), as they are laid in the file
     energies: np.ndarray  # (n_frames,) [energy]; NaN where there is none
 
 
@@ -47,7 +49,6 @@ class _Content(NamedTuple):
     """What goes into a file."""
 
     system: System
-    cell: np.ndarray  # (3, 3), as it is laid in the file
     chunks: Iterator[_Chunk]
 
 
@@ -64,6 +65,7 @@ def write(
     system: System,
     displacements: Float[np.ndarray, "n_frames n_atoms 3"],
     energies: Float[np.ndarray, " n_frames"] | None = None,
+    strains: Float[np.ndarray, "n_frames 3 3"] | None = None,
 ) -> list[Path]:
     """Write frames, sites plus displacements and so not wrapped into the cell, in the format the ending says.
 
@@ -76,6 +78,7 @@ def write(
         displacements: From the sites, atom by atom [length].
         energies: Potential energies [energy], for extxyz and .traj (in eV unless the style is `lj`); no other format
             carries them, and where they are not finite the frame gets none.
+        strains: Logarithmic, of every frame's cell, where the cell moves: atoms are then at (X + u) exp(strain).
 
     Returns:
         The files written, the trajectory first.
@@ -92,27 +95,32 @@ def write(
     per_frame = np.full(n_frames, np.nan) if energies is None else np.asarray(energies, float)
     if len(per_frame) != n_frames:
         raise InputError(f"{path}: {len(per_frame)} energies for {n_frames} frames")
-    cell, turn = _laid(system.crystal.cell, form.turns)
-    sites = system.crystal.sites
+    if strains is not None and len(strains) != n_frames:
+        raise InputError(f"{path}: {len(strains)} strains for {n_frames} frames")
+    crystal = system.crystal
 
-    def chunks(given: np.ndarray, energies: np.ndarray) -> Iterator[_Chunk]:
+    def chunks(given: np.ndarray, energies: np.ndarray, strains: np.ndarray | None) -> Iterator[_Chunk]:
         size = max(1, _CHUNK // (3 * n_atoms))
         for first in range(0, len(given), size):
             u = np.asarray(given[first : first + size], float)
             if not np.isfinite(u).all():
                 lost = first + int(np.flatnonzero(~np.isfinite(u).all(axis=(1, 2)))[0])
                 raise InputError(f"{path}: frame {lost} holds displacements that are not finite numbers")
-            x = sites + u
-            yield _Chunk(first, x if turn is None else x @ turn, energies[first : first + size])
+            x, cells = crystal.sites + u, np.broadcast_to(crystal.cell, (len(u), 3, 3))
+            if strains is not None:
+                f = stretches(strains[first : first + size])
+                x, cells = x @ f, cells @ f
+            cells, turns = _laid(cells, form.turns)
+            yield _Chunk(first, x if turns is None else x @ turns, cells, energies[first : first + size])
 
-    perfect = chunks(np.zeros((1, n_atoms, 3)), np.full(1, np.nan))
-    parts = [(path, form.write, chunks(displacements, per_frame))]
+    perfect = chunks(np.zeros((1, n_atoms, 3)), np.full(1, np.nan), None)
+    parts = [(path, form.write, chunks(displacements, per_frame, strains))]
     if form.topology:
         parts.append((_topology_path(path), _pdb, perfect))
     # The trajectory is renamed last: where it is, its topology is.
     with _whole_files([target for target, _, _ in parts]) as neighbours:
         for neighbour, (_, writer, frames) in zip(neighbours, parts, strict=True):
-            writer(neighbour, _Content(system, cell, frames))
+            writer(neighbour, _Content(system, frames))
     return [target for target, _, _ in parts]
 
 
@@ -138,6 +146,10 @@ def _checked_format(path: Path, system: System) -> _Format:
         raise InputError(f"{path}: cannot be written: there is no directory {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written: no permission to write in {folder}")
+    if form.pdb and system.cell_motion is not None:
+        raise InputError(
+            f"{path}: PDB files hold one cell for all frames, but each has its own; write .extxyz, .traj, .xtc or .dcd"
+        )
     if form.pdb or form.topology or form.name == "HDF5":
         _check_species(path, form, system)
     if form.pdb or form.topology:
@@ -159,8 +171,8 @@ def _check_species(path: Path, form: _Format, system: System) -> None:
 
 
 def _check_pdb_range(path: Path, form: _Format, system: System) -> None:
-    cell, turn = _laid(system.crystal.cell, form.turns)
-    sites = system.crystal.sites if turn is None else system.crystal.sites @ turn
+    (cell,), turns = _laid(system.crystal.cell[None], form.turns)
+    sites = system.crystal.sites if turns is None else system.crystal.sites @ turns[0]
     reach = nearest_neighbour_distance(system.crystal) / 2
     low, high = _PDB_RANGE
     if sites.min() - reach < low or max(sites.max() + reach, np.linalg.norm(cell, axis=1).max()) > high:
@@ -178,15 +190,15 @@ def _topology_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_ending(path)) + ".topology.pdb")
 
 
-def _laid(cell: np.ndarray, turns: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The cell as it is laid in a file, and the orthogonal matrix (3, 3) that turns rows of coordinates there."""
-    upper, diagonal = cell[np.triu_indices(3, 1)], np.diag(cell)
-    if not turns or (np.abs(upper).max() <= 1e-12 * np.abs(cell).max() and (diagonal > 0).all()):
-        return cell, None
-    q, r = np.linalg.qr(cell.T)
+def _laid(cells: np.ndarray, turns: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Cells (n, 3, 3) as they are laid in a file, and the orthogonal matrices that turn rows of coordinates there."""
+    upper, diagonals = cells[:, *np.triu_indices(3, 1)], np.diagonal(cells, axis1=1, axis2=2)
+    if not turns or (np.abs(upper).max() <= 1e-12 * np.abs(cells).max() and (diagonals > 0).all()):
+        return cells, None
+    q, r = np.linalg.qr(np.swapaxes(cells, 1, 2))
     # A left-handed cell is mirrored: these formats have no other.
-    turn = q * np.sign(np.diag(r))
-    return np.tril(cell @ turn), turn
+    turn = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
+    return np.tril(cells @ turn), turn
 
 
 @contextmanager
@@ -221,11 +233,11 @@ def _images(content: _Content) -> Iterator[Any]:
 
     system = content.system
     ev = OTHER_ENERGIES.get(system.units.name, {}).get("eV", 1.0)
-    like = Atoms(system.crystal.species, cell=content.cell, pbc=True)
+    like = Atoms(system.crystal.species, pbc=True)
     for chunk in content.chunks:
-        for positions, energy in zip(chunk.positions, chunk.energies, strict=True):
+        for positions, cell, energy in zip(chunk.positions, chunk.cells, chunk.energies, strict=True):
             atoms = like.copy()
-            atoms.positions = positions
+            atoms.cell, atoms.positions = cell, positions
             if math.isfinite(energy):
                 atoms.calc = SinglePointCalculator(atoms, energy=float(energy) / ev)
             yield atoms
@@ -259,44 +271,42 @@ def _gromacs(kind: str) -> Callable[[Path, _Content], None]:
             for chunk in content.chunks:
                 x = (0.1 * chunk.positions).astype(np.float32)
                 step = np.arange(chunk.first, chunk.first + len(x), dtype=np.int32)
-                box = np.tile((0.1 * content.cell).astype(np.float32), (len(x), 1, 1))
-                file.write(x, time=step.astype(np.float32), step=step, box=box)
+                file.write(x, time=step.astype(np.float32), step=step, box=(0.1 * chunk.cells).astype(np.float32))
 
     return writer
 
 
-def _lengths_and_angles(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths (3,) and angles (3,) [degrees] of a cell."""
-    from ase.geometry import cell_to_cellpar
-
-    shape = cell_to_cellpar(cell)
-    return shape[:3], shape[3:]
+def _lengths_and_angles(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths (n, 3) and angles (n, 3) [degrees] of cells."""
+    lengths = np.linalg.norm(cells, axis=2)
+    unit = cells / lengths[:, :, None]
+    cosines = np.stack([np.einsum("na,na->n", unit[:, i], unit[:, j]) for i, j in ((1, 2), (0, 2), (0, 1))], axis=1)
+    return lengths, np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0)))
 
 
 def _dcd(path: Path, content: _Content) -> None:
     from mdtraj.formats import DCDTrajectoryFile
 
-    shape = [part.astype(np.float32) for part in _lengths_and_angles(content.cell)]
     with DCDTrajectoryFile(str(path), "w") as file:
         for chunk in content.chunks:
-            x = chunk.positions.astype(np.float32)
-            file.write(x, *(np.tile(part, (len(x), 1)) for part in shape))
+            shapes = (part.astype(np.float32) for part in _lengths_and_angles(chunk.cells))
+            file.write(chunk.positions.astype(np.float32), *shapes)
 
 
 def _hdf5(path: Path, content: _Content) -> None:
     from mdtraj.formats import HDF5TrajectoryFile
 
-    lengths, angles = _lengths_and_angles(0.1 * content.cell)
     n_frames = 0
     with HDF5TrajectoryFile(str(path), "w") as file:
         file.topology = topology(content.system)
         for chunk in content.chunks:
             n = len(chunk.positions)
+            lengths, angles = _lengths_and_angles(0.1 * chunk.cells)
             file.write(
                 (0.1 * chunk.positions).astype(np.float32),
                 time=np.arange(chunk.first, chunk.first + n, dtype=np.float32),
-                cell_lengths=np.tile(lengths.astype(np.float32), (n, 1)),
-                cell_angles=np.tile(angles.astype(np.float32), (n, 1)),
+                cell_lengths=lengths.astype(np.float32),
+                cell_angles=angles.astype(np.float32),
             )
             n_frames += n
     # A disk that fills up goes unnoticed until the file is opened again.
@@ -308,10 +318,11 @@ def _hdf5(path: Path, content: _Content) -> None:
 def _pdb(path: Path, content: _Content) -> None:
     from mdtraj.formats import PDBTrajectoryFile
 
-    atoms, (lengths, angles) = topology(content.system), _lengths_and_angles(content.cell)
+    atoms = topology(content.system)
     with warnings.catch_warnings(), PDBTrajectoryFile(str(path), "w") as file:
         warnings.simplefilter("ignore")
         for chunk in content.chunks:
+            (lengths,), (angles,) = _lengths_and_angles(chunk.cells[:1])
             for k, positions in enumerate(chunk.positions):
                 # Four digits, from 1.
                 file.write(positions, atoms, 1 + (chunk.first + k) % 9999, lengths, angles)
@@ -324,11 +335,11 @@ def _lammps(path: Path, content: _Content) -> None:
     species = content.system.crystal.species
     kinds = {name: k for k, name in enumerate(dict.fromkeys(species), 1)}
     rows = "".join(f"{i} {kinds[name]} {name} %.8f %.8f %.8f\n" for i, name in enumerate(species, 1))
-    head = f"ITEM: NUMBER OF ATOMS\n{len(species)}\n{_lammps_box(content.cell)}ITEM: ATOMS id type element xu yu zu\n"
+    head, columns = f"ITEM: NUMBER OF ATOMS\n{len(species)}\n", "ITEM: ATOMS id type element xu yu zu\n"
     with path.open("w", encoding="utf-8") as file:
         for chunk in content.chunks:
-            for k, positions in enumerate(chunk.positions):
-                file.write(f"ITEM: TIMESTEP\n{chunk.first + k}\n{head}")
+            for k, (positions, cell) in enumerate(zip(chunk.positions, chunk.cells, strict=True)):
+                file.write(f"ITEM: TIMESTEP\n{chunk.first + k}\n{head}{_lammps_box(cell)}{columns}")
                 file.write(rows % tuple(positions.ravel()))
 
 
