@@ -45,7 +45,7 @@ _LOOSE, _NOT_SMALL = 5e-4, 200  # target error [kT per atom] and atoms from whic
 _TRIAL_SAMPLES = 512
 _WORK_VARIANCE_DIRECT = 1.5
 _PILOT_UNDERESTIMATE = 1.2  # a short pilot sees less friction than a slow crossing meets
-_MAX_STAGES = 50_000
+_MAX_STAGES, _MAX_STAGES_PER_ATOM = 50_000, 16  # of a bridge, whichever is more: friction grows as the crystal
 _MELTED = 0.1  # share of trial samples with an atom off its site at which a run is cut short
 # Memory that a sample on its way takes for every atom in float32, compiled kernels measured: up to 300.
 _BYTES_PER_ATOM = 400
@@ -504,8 +504,8 @@ def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
     if pilot.lost > _MELTED:  # no crystal: a few samples will say so as well as many
         return short
     stages, variance = _stages(run, pilot)
-    if stages == _MAX_STAGES:
-        run.warnings.append(f"a sound bridge would take more than {_MAX_STAGES} stages; this one is far too short")
+    if stages == (most := _most_stages(run.system)):
+        run.warnings.append(f"a sound bridge would take more than {most} stages; this one is far too short")
         return short
     return Crossings(bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
 
@@ -545,8 +545,14 @@ def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:
     length2 = _PILOT_UNDERESTIMATE * bridges.thermodynamic_length(pilot) ** 2
     n = min(fewest_samples(run.system, run.plan), run.plan.max_samples)
     variance = float(np.clip(math.log1p(n * run.target_error**2), *_WORK_VARIANCE))
-    stages = int(np.clip(math.ceil(2 * length2 / variance), effort(run.system, run.plan).fewest_stages, _MAX_STAGES))
+    stages = int(
+        np.clip(math.ceil(2 * length2 / variance), effort(run.system, run.plan).fewest_stages, _most_stages(run.system))
+    )
     return stages, 2 * length2 / stages
+
+
+def _most_stages(system: System) -> int:
+    return max(_MAX_STAGES, _MAX_STAGES_PER_ATOM * system.n_atoms)
 
 
 def too_fast(work: np.ndarray, foreseen: float) -> bool:
@@ -563,6 +569,6 @@ def slower(run: Run, crossing: Crossings, work: np.ndarray) -> Crossings:
     spent = run.sampler.energy_evaluations
     spent["tuning"] += spent["sampling"]
     spent["sampling"] = 0
-    schedule = bridges.schedule_from(crossing.pilot, min(stages, _MAX_STAGES))
+    schedule = bridges.schedule_from(crossing.pilot, min(stages, _most_stages(run.system)))
     # Once is enough: what a slower bridge does not cure, more stages will not.
     return crossing._replace(schedule=schedule, variance=math.inf)

@@ -11,7 +11,7 @@ from scipy.linalg import expm
 
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import nearest_image_table, neighbour_table
-from freeflow.potentials import bind, deformed_energy, lattice_energy, lennard_jones, stillinger_weber
+from freeflow.potentials import bind, deformed_energy, lattice_energy, lennard_jones, stillinger_weber, walks
 from freeflow.types import Crystal
 
 
@@ -49,6 +49,18 @@ def case(name):
 def evaluator(name, dtype="float64"):
     _, potential, _, _, table = case(name)
     return jax.jit(jax.value_and_grad(deformed_energy(potential, table, dtype), (0, 1)))
+
+
+@pytest.mark.parametrize("name", ["lj fcc", "mw hexagonal"])
+def test_threads_of_a_gpu_find_what_slots_do(monkeypatch, name):
+    """The kernel for GPUs, interpreted."""
+    _, potential, u, f, table = case(name)
+    value, gradients = evaluator(name)(jnp.asarray(u), jnp.asarray(f))
+    monkeypatch.setattr(walks, "walk", walks.ByThreads)
+    threads, others = jax.jit(jax.value_and_grad(deformed_energy(potential, table), (0, 1)))(u, f)
+    assert float(threads) == pytest.approx(float(value), rel=1e-11)
+    for gradient, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(other, gradient, atol=1e-11 * float(jnp.abs(gradient).max()))
 
 
 @NAMES

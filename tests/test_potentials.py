@@ -21,6 +21,7 @@ from freeflow.potentials import (
     lennard_jones,
     on_crystal,
     stillinger_weber,
+    walks,
     wca,
 )
 
@@ -325,6 +326,28 @@ def test_pairs_evaluated_once_and_from_both_ends_agree(monkeypatch, where):
     tiled = batched(potential, table)(u)
     np.testing.assert_allclose(once[0], tiled[0], rtol=1e-12)
     np.testing.assert_allclose(once[1], tiled[1], atol=1e-12 * float(jnp.abs(tiled[1]).max()))
+
+
+BY_THREADS = ["lj", "mw", pytest.param("lj_fcc_32", id="nearest images")]
+
+
+@pytest.mark.parametrize("name", BY_THREADS)
+def test_threads_of_a_gpu_find_what_slots_do(monkeypatch, name):
+    """The kernel for GPUs, interpreted."""
+    if name in POTENTIALS:
+        crystal, potential = lattice("fcc" if name == "lj" else "diamond", name), POTENTIALS[name][0]
+        table = neighbour_table(crystal, 1.1 * potential.cutoff)
+    else:
+        system = load(name)
+        crystal, potential, table = system.crystal, system.potential, nearest_image_table(system.crystal)
+    u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(3)])
+    slots = batched(potential, table)(u)
+    monkeypatch.setattr(walks, "walk", walks.ByThreads)
+    threads = batched(potential, table)(u)
+    np.testing.assert_allclose(threads[0], slots[0], rtol=1e-12)
+    np.testing.assert_allclose(threads[1], slots[1], atol=1e-12 * float(jnp.abs(slots[1]).max()))
+    single = batched(potential, table, "float32")(u.astype("float32"))
+    np.testing.assert_allclose(single[0], slots[0], rtol=1e-4)
 
 
 def test_batches_are_the_single_results(monkeypatch):

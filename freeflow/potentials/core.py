@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
-from freeflow.potentials import moments
+from freeflow.potentials import moments, walks
+from freeflow.potentials.walks import Pair, Parts
 from freeflow.types import in_double_precision
 
 RadialFn = Callable[[Array], Array]  # of squared distances or of distances; elementwise
@@ -56,15 +57,6 @@ class _Tile(NamedTuple):
     empty: Any  # (n_slots, n), or None
 
 
-class _Slots(NamedTuple):
-    """A neighbour table as the kernel reads it."""
-
-    partner: Any  # (n_slots, n_atoms)
-    source: Any  # (n_slots, n_atoms), one slot behind
-    offset: Any  # (n_slots, n_atoms, 3)
-    empty: Any  # (n_slots, n_atoms), or None
-
-
 def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
     """f and df/d(r^2), by forward mode: the kernel needs no hand-written derivative."""
     return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
@@ -77,7 +69,9 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, batch: int)
     """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch)."""
     if potential.weight is not None:
         return _triplet_kernel(potential, potential.weight, table, dtype)
-    make = _single_pair_kernel if _fits(table, batch) else _tiled_pair_kernel
+    # Tiles are for caches; threads of a GPU finish their atoms side by side anyway.
+    tiled = jax.default_backend() == "cpu" and not _fits(table, batch)
+    make = _tiled_pair_kernel if tiled else _single_pair_kernel
     return make(potential, table, dtype)
 
 
@@ -94,12 +88,12 @@ def _tiled_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) 
     the cache. The three components are fetched together, one row of 3 x batch numbers at a time.
     """
     n_atoms = table.partner.shape[1]
-    away = -np.take_along_axis(table.offset, table.source[:, :, None], axis=1)
+    away = -walks.seen_from_partner(table.offset, table)
     partner = np.concatenate([table.partner, table.source]).astype(np.int32)
     offset = np.concatenate([table.offset, away])
     empty = None
     if table.empty is not None:
-        empty = np.concatenate([table.empty, np.take_along_axis(table.empty, table.source, axis=1)])
+        empty = np.concatenate([table.empty, walks.seen_from_partner(table.empty, table)])
 
     def pairs(u: Array) -> tuple[Array, Array]:
         batch = u.shape[2]
@@ -141,108 +135,42 @@ def _tiled_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) 
     return pairs
 
 
-class _Walk:
-    """Visits every pair once, slot by slot.
-
-    Two habits make this fast under XLA on CPU, and are worth their looks. Every component is an
-    array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. And what a
-    slot gives to the partners travels through the loop's carry and is fetched one slot later: a
-    fetch of something just computed would be fused with it, and the pair evaluated again.
-    """
-
-    def __init__(self, table: NeighbourTable, dtype: Any):
-        n_atoms = table.partner.shape[1]
-        source = np.asarray(table.source, np.int32)
-        # The partners' share of slot s is booked while slot s + 1 is computed; nothing comes before slot 0.
-        self._slots = _Slots(
-            np.asarray(table.partner, np.int32),
-            np.concatenate([np.arange(n_atoms, dtype=np.int32)[None], source[:-1]]),
-            np.asarray(table.offset, dtype),
-            None if table.empty is None else np.asarray(table.empty),
-        )
-        self._last = source[-1]
-        self._box = None if table.box is None else np.asarray(table.box, dtype)
-        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
-
-    def bond(self, x: list[Array], slot: _Slots) -> tuple[list[Array], Array]:
-        """Components of the separations of a slot's pairs, and their squares [length, length**2]."""
-        d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
-        if self._box is not None:
-            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
-        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-        if slot.empty is not None:
-            r2 = jnp.where(slot.empty[:, None], self._nowhere, r2)
-        return d, r2
-
-    def total(self, visit: Callable[[_Slots], tuple[Array, tuple[Array, ...]]], parity: tuple[int, ...], zero: Array):
-        """Sum over the slots; `visit` gives an atom's energy and shares, `parity` the partner's sign of them."""
-
-        def book(totals, shares, at):
-            return tuple(
-                total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
-            )
-
-        def step(carry, slot):
-            energy, totals, shares = carry
-            totals = book(totals, shares, slot.source)
-            more, shares = visit(slot)
-            return (energy + more, totals, shares), None
-
-        none = (zero,) * len(parity)
-        (energy, totals, shares), _ = jax.lax.scan(step, (zero, none, none), self._slots)
-        return energy, book(totals, shares, self._last)
-
-
 def _single_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pair potentials, every pair evaluated once; its energy is shared by both ends, as in tiles."""
-    walk = _Walk(table, dtype)
+    """Pair potentials, along the device's walk; a pair's energy is shared by both ends, as in tiles."""
+    walk = walks.walk(table, dtype)
+
+    def push(pair: Pair) -> tuple[Parts, Parts]:
+        energy, slope = _with_slope(potential.pair, pair.r2)
+        return (), (0.5 * energy, *(-2 * slope * component for component in pair.d))
 
     def pairs(u: Array) -> tuple[Array, Array]:
-        x = [u[:, a] for a in range(3)]
-
-        def push(slot):
-            d, r2 = walk.bond(x, slot)
-            energy, slope = _with_slope(potential.pair, r2)
-            pull = -2 * slope
-            return zero, (0.5 * energy, pull * d[0], pull * d[1], pull * d[2])
-
-        zero = jnp.zeros_like(x[0])
-        _, (energy, *gradient) = walk.total(push, (1, -1, -1, -1), zero)
+        _, (energy, *gradient) = walk.total(push, [u[:, a] for a in range(3)], (1, -1, -1, -1))
         return energy, jnp.stack(gradient, axis=1)
 
     return pairs
 
 
 def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pairs and bond moments, every pair evaluated once."""
-    walk = _Walk(table, dtype)
+    """Pairs and bond moments, along the device's walk."""
+    walk = walks.walk(table, dtype)
     cosine = np.asarray(potential.cosine, dtype)
+
+    def gather(pair: Pair) -> tuple[Parts, Parts]:
+        inverse_r = jax.lax.rsqrt(pair.r2)
+        return (potential.pair(pair.r2),), moments.of_bond(weight(pair.r2), [d * inverse_r for d in pair.d])
+
+    def push(pair: Pair) -> tuple[Parts, Parts]:
+        _, slope = _with_slope(potential.pair, pair.r2)
+        return (), moments.gradient_on_start(
+            pair.here, pair.there, pair.d, jax.lax.rsqrt(pair.r2), slope, _with_slope(weight, pair.r2)
+        )
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:
         x = [u[:, a] for a in range(3)]
-        zero = jnp.zeros_like(x[0])
-
-        def unit(slot):
-            d, r2 = walk.bond(x, slot)
-            inverse_r = jax.lax.rsqrt(r2)
-            return d, r2, inverse_r, [d[a] * inverse_r for a in range(3)]
-
-        def gather(slot):
-            _, r2, _, n = unit(slot)
-            return potential.pair(r2), moments.of_bond(weight(r2), n)
-
-        energy, sums = walk.total(gather, moments.PARITY, zero)
+        (energy,), sums = walk.total(gather, x, moments.PARITY, n_own=1)
         of_triplets, by = moments.energy_of(sums, cosine)
-        energy = energy + of_triplets
-
-        def push(slot):
-            d, r2, inverse_r, n = unit(slot)
-            _, slope = _with_slope(potential.pair, r2)
-            pull = moments.gradient_on_start(by, slot.partner, d, n, inverse_r, slope, _with_slope(weight, r2))
-            return zero, pull
-
-        _, gradient = walk.total(push, (-1, -1, -1), zero)
-        return energy, jnp.stack(gradient, axis=1)
+        _, gradient = walk.total(push, x, (-1, -1, -1), fields=by)
+        return energy + of_triplets, jnp.stack(gradient, axis=1)
 
     return pairs_and_triplets
 

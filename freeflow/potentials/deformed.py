@@ -7,7 +7,7 @@ beside the forces: the derivative with respect to F costs six sums of products p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +15,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
-from freeflow.potentials import moments
-from freeflow.potentials.core import RUN_ONCE, Potential
+from freeflow.potentials import moments, walks
+from freeflow.potentials.core import RUN_ONCE, Potential, run_once
+from freeflow.potentials.walks import Pair, Parts
 from freeflow.types import Numeric, in_double_precision
 
 DeformedEnergy = Callable[[Float[Array, "n 3"], Float[Array, "3 3"]], Float[Array, ""]]
 
 # Components of a symmetric matrix that are summed.
 _UPPER = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
-
-
-class _Slot(NamedTuple):
-    """A slot of a neighbour table; a leading axis stacks slots."""
-
-    partner: Any  # (n_atoms,)
-    source: Any  # (n_atoms,) of the slot before
-    offset: Any  # (n_atoms, 3)
 
 
 class _Sums(NamedTuple):
@@ -116,10 +109,8 @@ def differentiable(batched: Callable[[Array, Array], tuple[Array, Array, Array]]
 @in_double_precision
 def _at_rest(kernel: Callable[[Array, Array], _Sums], table: NeighbourTable) -> np.ndarray:
     """Energy (n_atoms,) that a kernel books on every atom of the perfect lattice."""
-    with jax.ensure_compile_time_eval():
-        rest, unit = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
-        energies = jax.jit(lambda u, f: kernel(u, f).energy, compiler_options=RUN_ONCE)  # compiles no forces
-        return np.asarray(energies(rest, unit))[:, 0]
+    rest, unit = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
+    return run_once(lambda u, f: kernel(u, f).energy, rest, unit, options=RUN_ONCE)[:, 0]  # compiles no forces
 
 
 def _inverse(f: Array) -> Array:
@@ -133,49 +124,20 @@ def _along(row: Array, d: list[Array]) -> Array:
     return row[0][None] * d[0] + row[1][None] * d[1] + row[2][None] * d[2]
 
 
-def _slots(table: NeighbourTable, dtype: str) -> tuple[_Slot, np.ndarray]:
-    """The slots as a loop reads them, and the sources of the last one."""
-    partner, source = np.asarray(table.partner, np.int32), np.asarray(table.source, np.int32)
-    nothing_before = np.arange(partner.shape[1], dtype=np.int32)[None]
-    return _Slot(partner, np.concatenate([nothing_before, source[:-1]]), np.asarray(table.offset, dtype)), source[-1]
+def _components(u: Array) -> list[Array]:
+    return [u[:, a] for a in range(3)]
 
 
-def _bond(x: list[Array], f: Array, slot: _Slot) -> list[Array]:
-    d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
-    return [_along(f[a], d) for a in range(3)]
+def _entries(f: Array) -> Parts:
+    """A batch of deformations (3, 3, batch) as what all atoms of a sample share."""
+    return tuple(f[a, b] for a in range(3) for b in range(3))
 
 
-Parts = tuple[Array, ...]
-
-
-def _walk(
-    slots: _Slot,
-    last: np.ndarray,
-    visit: Callable[[_Slot], tuple[Parts, Parts]],
-    n_own: int,
-    parity: tuple[int, ...],
-    zero: Array,
-) -> tuple[Parts, Parts]:
-    """Sums over the slots; `visit` gives what an atom keeps, and what it shares with the partner and its sign there.
-
-    The partners' share travels through the loop's carry and is fetched one slot later: see `_triplet_kernel` in
-    `freeflow.potentials.core`.
-    """
-
-    def book(totals: Parts, shares: Parts, at: Any) -> Parts:
-        return tuple(
-            total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
-        )
-
-    def step(carry, slot):
-        own, totals, shares = carry
-        totals = book(totals, shares, slot.source)
-        more, shares = visit(slot)
-        return (tuple(a + b for a, b in zip(own, more, strict=True)), totals, shares), None
-
-    none = (zero,) * len(parity)
-    (own, totals, shares), _ = jax.lax.scan(step, ((zero,) * n_own, none, none), slots)
-    return own, book(totals, shares, last)
+def _deformed(pair: Pair) -> tuple[list[Array], Array]:
+    """Separations F d of pairs in the deformed cell, and their squares [length, length**2]."""
+    f = pair.common
+    d = [f[3 * a] * pair.d[0] + f[3 * a + 1] * pair.d[1] + f[3 * a + 2] * pair.d[2] for a in range(3)]
+    return d, d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
 
 
 def _matrix(upper: Parts) -> Array:
@@ -190,18 +152,16 @@ def _with_slope(f: Callable[[Array], Array], r2: Array) -> tuple[Array, Array]:
 
 def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
     """Pair potentials."""
-    slots, last = _slots(table, dtype)
+    walk = walks.walk(table, dtype)
+
+    def visit(pair: Pair) -> tuple[Parts, Parts]:
+        d, r2 = _deformed(pair)
+        value, slope = _with_slope(potential.pair, r2)
+        pull = [-2 * slope * component for component in d]
+        return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
 
     def kernel(u: Array, f: Array) -> _Sums:
-        x = [u[:, a] for a in range(3)]
-
-        def visit(slot: _Slot) -> tuple[Parts, Parts]:
-            d = _bond(x, f, slot)
-            value, slope = _with_slope(potential.pair, d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
-            pull = [-2 * slope * d[a] for a in range(3)]
-            return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
-
-        (energy, *virial), gradient = _walk(slots, last, visit, 7, (-1, -1, -1), jnp.zeros_like(x[0]))
+        (energy, *virial), gradient = walk.total(visit, _components(u), (-1, -1, -1), n_own=7, common=_entries(f))
         return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(tuple(virial)))
 
     return kernel
@@ -210,34 +170,25 @@ def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[
 def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
     """Pairs and bond moments; the energy is that of `Potential`, the two passes are those of the undeformed kernel."""
     assert potential.weight is not None
-    weight, pair, cosine = potential.weight, potential.pair, np.asarray(potential.cosine, dtype)
-    slots, last = _slots(table, dtype)
+    weight, of_pair, cosine = potential.weight, potential.pair, np.asarray(potential.cosine, dtype)
+    walk = walks.walk(table, dtype)
+
+    def gather(pair: Pair) -> tuple[Parts, Parts]:
+        d, r2 = _deformed(pair)
+        inverse_r = jax.lax.rsqrt(r2)
+        return (of_pair(r2),), moments.of_bond(weight(r2), [component * inverse_r for component in d])
+
+    def push(pair: Pair) -> tuple[Parts, Parts]:
+        d, r2 = _deformed(pair)
+        _, slope = _with_slope(of_pair, r2)
+        pull = moments.gradient_on_start(pair.here, pair.there, d, jax.lax.rsqrt(r2), slope, _with_slope(weight, r2))
+        return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
 
     def kernel(u: Array, f: Array) -> _Sums:
-        x = [u[:, a] for a in range(3)]
-        zero = jnp.zeros_like(x[0])
-
-        def unit(slot: _Slot) -> tuple[list[Array], Array, Array, list[Array]]:
-            d = _bond(x, f, slot)
-            r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-            inverse_r = jax.lax.rsqrt(r2)
-            return d, r2, inverse_r, [d[a] * inverse_r for a in range(3)]
-
-        def gather(slot: _Slot) -> tuple[Parts, Parts]:
-            _, r2, _, n = unit(slot)
-            return (pair(r2),), moments.of_bond(weight(r2), n)
-
-        (energy,), sums = _walk(slots, last, gather, 1, moments.PARITY, zero)
+        x, entries = _components(u), _entries(f)
+        (energy,), sums = walk.total(gather, x, moments.PARITY, n_own=1, common=entries)
         of_triplets, by = moments.energy_of(sums, cosine)
-        energy = energy + of_triplets
-
-        def push(slot: _Slot) -> tuple[Parts, Parts]:
-            d, r2, inverse_r, n = unit(slot)
-            _, slope = _with_slope(pair, r2)
-            pull = moments.gradient_on_start(by, slot.partner, d, n, inverse_r, slope, _with_slope(weight, r2))
-            return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
-
-        virial, gradient = _walk(slots, last, push, 6, (-1, -1, -1), zero)
-        return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(virial))
+        virial, gradient = walk.total(push, x, (-1, -1, -1), n_own=6, fields=by, common=entries)
+        return _Sums(energy + of_triplets, jnp.stack(gradient, axis=1), _matrix(virial))
 
     return kernel

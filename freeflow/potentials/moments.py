@@ -31,10 +31,9 @@ def energy_of(moments: Sequence[Array], cosine: Any) -> tuple[Array, tuple[Array
 
 
 def gradient_on_start(
-    by: Sequence[Array],
-    partner: Array,
+    here: Sequence[Array],
+    there: Sequence[Array],
     d: Sequence[Array],
-    n: Sequence[Array],
     inverse_r: Array,
     slope: Array,
     weight: tuple[Array, Array],
@@ -42,17 +41,16 @@ def gradient_on_start(
     """Gradient of the energy on the atom that a bond starts from, through that bond.
 
     Args:
-        by: Derivatives of the energy by the ten moments of every atom.
-        partner: The atom at the other end: a bond enters the moments of both.
-        d: The bond, from atom to partner, by component [length].
-        n: Its direction.
+        here: Derivatives of the energy by the ten moments of the atom.
+        there: By those of the one at the other end: a bond enters the moments of both.
+        d: The bond, from the one to the other, by component [length].
         inverse_r: One over its length [1/length].
         slope: d(pair energy)/d(r^2).
         weight: g and dg/d(r^2).
     """
-    (nx, ny, nz), (g, g_slope) = n, weight
+    (nx, ny, nz), (g, g_slope) = [component * inverse_r for component in d], weight
     s0, sxx, sxy, sxz, syy, syz, szz, sx, sy, sz = (
-        here + sign * here[partner] for here, sign in zip(by, PARITY, strict=True)
+        one + sign * other for one, other, sign in zip(here, there, PARITY, strict=True)
     )
     tx = sxx * nx + sxy * ny + sxz * nz
     ty = sxy * nx + syy * ny + syz * nz

@@ -1,0 +1,228 @@
+"""Sums over the pairs of a neighbour table: slot by slot where caches and vector units count, or by a GPU's threads.
+
+A kernel says what an atom keeps of a pair and what both ends get of it; the walk visits all pairs and adds up. Which
+walk a kernel takes is decided where it is traced, by JAX's default device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from freeflow.geometry import NeighbourTable
+
+Parts = tuple[Array, ...]
+
+# Numbers of the batch that a program of the GPU kernel works on at most, and its threads in units of 32.
+_BLOCK, _WARPS = 512, 4
+_LEAST_BLOCK = 32
+
+
+class Pair(NamedTuple):
+    """Pairs of atoms, one for every element of arrays of one shape."""
+
+    d: list[Array]  # from the atom to its partner, by component [length]
+    r2: Array  # its square [length**2]
+    here: Parts  # fields of the atom
+    there: Parts  # and of its partner
+    common: Parts  # what all atoms of a sample share
+
+
+# What the atom keeps of a pair, and what it shares. Elementwise arithmetic only: the shapes are those of the walk.
+Visit = Callable[[Pair], tuple[Parts, Parts]]
+
+
+class Walk(ABC):
+    """A way to visit all pairs of a table."""
+
+    @abstractmethod
+    def total(
+        self,
+        visit: Visit,
+        x: Sequence[Array],
+        parity: tuple[int, ...],
+        n_own: int = 0,
+        fields: Parts = (),
+        common: Parts = (),
+    ) -> tuple[Parts, Parts]:
+        """Sums over the pairs, (n_atoms, batch) each.
+
+        Args:
+            visit: What an atom keeps of a pair, and what both ends get of it. Seen from the partner the former must
+                be the same: on which of the two it is booked is up to the walk.
+            x: Components of the displacements, (n_atoms, batch) each [length].
+            parity: Signs of the shared quantities at the partner: +1, or -1 for what changes sign with the bond.
+            n_own: How many quantities an atom keeps.
+            fields: Arrays (n_atoms, batch) that `visit` wants to know at both ends.
+            common: Arrays (batch,) that it wants to know besides.
+
+        Returns:
+            What atoms keep, and what they share.
+        """
+
+
+def walk(table: NeighbourTable, dtype: Any) -> Walk:
+    """The walk for JAX's default device."""
+    return ByThreads(table, dtype) if jax.default_backend() == "gpu" else SlotBySlot(table, dtype)
+
+
+class _Slots(NamedTuple):
+    """Slots of a neighbour table as a loop reads them; a leading axis stacks slots."""
+
+    partner: Any  # (n_atoms,)
+    source: Any  # (n_atoms,) of the slot before
+    offset: Any  # (n_atoms, 3)
+    empty: Any  # (n_atoms,), or None
+
+
+class SlotBySlot(Walk):
+    """Visits every pair once, slot by slot.
+
+    Two habits make this fast under XLA on CPU, and are worth their looks. Every component is an
+    array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. And what a
+    slot gives to the partners travels through the loop's carry and is fetched one slot later: a
+    fetch of something just computed would be fused with it, and the pair evaluated again.
+    """
+
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        n_atoms = table.partner.shape[1]
+        source = np.asarray(table.source, np.int32)
+        # The partners' share of slot s is booked while slot s + 1 is computed; nothing comes before slot 0.
+        self._slots = _Slots(
+            np.asarray(table.partner, np.int32),
+            np.concatenate([np.arange(n_atoms, dtype=np.int32)[None], source[:-1]]),
+            np.asarray(table.offset, dtype),
+            None if table.empty is None else np.asarray(table.empty),
+        )
+        self._last = source[-1]
+        self._box = None if table.box is None else np.asarray(table.box, dtype)
+        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
+
+    def _bond(self, x: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array]:
+        d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
+        if self._box is not None:
+            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
+        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+        if slot.empty is not None:
+            r2 = jnp.where(slot.empty[:, None], self._nowhere, r2)
+        return d, r2
+
+    def total(
+        self,
+        visit: Visit,
+        x: Sequence[Array],
+        parity: tuple[int, ...],
+        n_own: int = 0,
+        fields: Parts = (),
+        common: Parts = (),
+    ) -> tuple[Parts, Parts]:
+        """See `Walk.total`."""
+        rows = tuple(row[None] for row in common)
+
+        def book(totals: Parts, shares: Parts, at: Any) -> Parts:
+            return tuple(
+                total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
+            )
+
+        def step(carry, slot):
+            own, totals, shares = carry
+            totals = book(totals, shares, slot.source)
+            there = tuple(field[slot.partner] for field in fields)
+            more, shares = visit(Pair(*self._bond(x, slot), fields, there, rows))
+            return (tuple(a + b for a, b in zip(own, more, strict=True)), totals, shares), None
+
+        zero = jnp.zeros_like(x[0])
+        none = (zero,) * len(parity)
+        (own, totals, shares), _ = jax.lax.scan(step, ((zero,) * n_own, none, none), self._slots)
+        return own, book(totals, shares, self._last)
+
+
+class ByThreads(Walk):
+    """Visits every pair from both of its ends, in one kernel for a GPU (Pallas, by way of Triton).
+
+    A program finishes one atom of a block of samples: it goes through the atom's pairs with all sums in registers,
+    reads rows of positions and fields that neighbouring programs read, too, and writes its sums once. A loop over
+    slots outside of the kernel would move all sums through memory for every slot; see docs/speed.md.
+    """
+
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        there = np.concatenate([table.partner, table.source]).T
+        offset = np.concatenate([table.offset, -seen_from_partner(table.offset, table)])
+        if table.empty is None:
+            real = np.linalg.norm(offset, axis=-1) <= 1.5 * table.radius
+        else:
+            real = ~np.concatenate([table.empty, seen_from_partner(table.empty, table)])
+        # Pairs first: a program goes through as many as its atom has.
+        order = np.argsort(~real.T, axis=1, kind="stable")
+        self._counts = real.sum(axis=0).astype(np.int32)
+        order = order[:, : max(1, self._counts.max())]
+        self._partner = np.take_along_axis(there, order, axis=1).astype(np.int32)
+        self._offset = np.take_along_axis(np.swapaxes(offset, 0, 1), order[..., None], axis=1).astype(dtype)
+        # Plain numbers: a kernel holds no arrays but its arguments.
+        self._box = None if table.box is None else [float(edge) for edge in table.box]
+
+    def total(
+        self,
+        visit: Visit,
+        x: Sequence[Array],
+        parity: tuple[int, ...],
+        n_own: int = 0,
+        fields: Parts = (),
+        common: Parts = (),
+    ) -> tuple[Parts, Parts]:
+        """See `Walk.total`."""
+        from jax.experimental import pallas
+        from jax.experimental.pallas import triton
+
+        (n_atoms, batch), dtype, n_sums = x[0].shape, x[0].dtype, n_own + len(parity)
+        block = _block(batch)
+        filled = -batch % block
+
+        def kernel(counts, partner, offset, places, others, shared, *sums):
+            atom, samples = pallas.program_id(1), pallas.ds(pallas.program_id(0) * block, block)
+            start, here = [place[atom, samples] for place in places], tuple(field[atom, samples] for field in others)
+            row = tuple(field[samples] for field in shared)
+
+            def step(k, carry):
+                other = partner[atom, k]
+                d = [offset[atom, k, a] + place[other, samples] - start[a] for a, place in enumerate(places)]
+                if self._box is not None:
+                    d = [d[a] - edge * jnp.floor(d[a] / edge + 0.5) for a, edge in enumerate(self._box)]
+                r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+                own, shares = visit(Pair(d, r2, here, tuple(field[other, samples] for field in others), row))
+                # What atoms keep is booked half at either end.
+                more = (*(0.5 * part for part in own), *shares)
+                return tuple(total + part for total, part in zip(carry, more, strict=True))
+
+            none = (jnp.zeros((block,), dtype),) * n_sums
+            for reference, total in zip(sums, jax.lax.fori_loop(jnp.int32(0), counts[atom], step, none), strict=True):
+                reference[atom, samples] = total
+
+        arguments = (list(x), fields, common)
+        if filled:
+            arguments = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, filled)]), arguments)
+        sums = pallas.pallas_call(
+            kernel,
+            grid=((batch + filled) // block, n_atoms),
+            out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * n_sums,
+            compiler_params=triton.CompilerParams(num_warps=_WARPS),
+            interpret=jax.default_backend() == "cpu",
+        )(self._counts, self._partner, self._offset, *arguments)
+        sums = tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
+        return sums[:n_own], sums[n_own:]
+
+
+def _block(batch: int) -> int:
+    """The largest power of two that divides a batch, within limits."""
+    return min(_BLOCK, max(_LEAST_BLOCK, batch & -batch))
+
+
+def seen_from_partner(values: np.ndarray, table: NeighbourTable) -> np.ndarray:
+    """Values (n_slots, n_atoms, ...) of the pairs in which every atom is the partner."""
+    return np.take_along_axis(values, table.source.reshape(table.source.shape + (1,) * (values.ndim - 2)), axis=1)
