@@ -24,7 +24,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.errors import InputError
-from freeflow.potentials import Potential, lennard_jones
+from freeflow.geometry import NeighbourTable
+from freeflow.potentials import Potential, lennard_jones, walks
+from freeflow.potentials.core import pair_kernel
 from freeflow.trajectories import Box, read
 from freeflow.types import Ensemble, Numeric, Scalar, ThermodynamicState, Work, double_precision, in_double_precision
 from freeflow.units import UnitStyle
@@ -96,7 +98,16 @@ def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str)
 
     Step s pairs atom i with atom i + s modulo n: a slice of an array that holds the atoms twice, and no index is
     looked up. A pair is evaluated from both of its ends, which costs less than sending its force to the other one.
+    The threads of a GPU go through a table.
     """
+    if walks.has_threads():
+        by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
+
+        def threaded(x: Array) -> tuple[Array, Array]:
+            energy, gradient = by_atoms(x)
+            return _total(energy), gradient
+
+        return threaded
     box = np.asarray(box_length, dtype)
 
     def kernel(x: Array) -> tuple[Array, Array]:
@@ -115,6 +126,16 @@ def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str)
         return 0.5 * _total(energy), gradient
 
     return kernel
+
+
+def _all_pairs(n: int, box_length: float) -> NeighbourTable:
+    """Every pair once, at its nearest image: step s pairs atom i with atom i + s modulo n, half way round."""
+    atoms, steps = np.arange(n), np.arange(1, n // 2 + 1)[:, None]
+    partner, source = (atoms + steps) % n, (atoms - steps) % n
+    # Of an even number, those half way round meet twice.
+    empty = (2 * steps == n) & (atoms >= n // 2)
+    box = np.full(3, box_length)
+    return NeighbourTable(partner, source, np.zeros((*partner.shape, 3)), box_length, box, empty)
 
 
 def _solute_kernel(solute: Solute, box_length: float, reach: float, dtype: str) -> Callable[[Array, Radius], Any]:

@@ -662,7 +662,7 @@ def _work(work: np.ndarray) -> np.ndarray:
 def batch_size(n_solvent: int) -> int:
     """Configurations that move together: enough to fill vector units, few enough for the cache."""
     if jax.default_backend() != "cpu":
-        return int(np.clip(2 ** round(math.log2(2**19 / n_solvent)), 64, 8192))
+        return int(np.clip(2 ** round(math.log2(2**17 / n_solvent)), 64, 8192))
     return int(np.clip(2 ** round(math.log2(2**13 / n_solvent)), 16, 64))
 
 

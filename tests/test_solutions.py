@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from freeflow.errors import InputError
+from freeflow.potentials import walks
 from freeflow.solutions import direct_work, lennard_jones_solute, read_frames, solution, wca_solute
 from freeflow.units import UNIT_STYLES
 
@@ -131,6 +132,17 @@ def test_kernels_of_batches_agree_with_the_energy(dtype, close):
     np.testing.assert_allclose(solvent + solute, u, rtol=10 * close)
     scale = np.abs(gradient).max()
     np.testing.assert_allclose(np.moveaxis(np.asarray(pull + push), -1, 0), gradient, rtol=0, atol=10 * close * scale)
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_threads_of_a_gpu_find_what_the_loop_does(monkeypatch, n):
+    """The kernel for GPUs, interpreted, for odd and even numbers of atoms."""
+    x = jnp.moveaxis(jnp.stack([positions(seed, n) for seed in range(3)]), 0, -1)
+    energy, gradient = jax.jit(small(n).kernels().solvent)(x)
+    monkeypatch.setattr(walks, "has_threads", lambda: True)
+    threads, pull = jax.jit(small(n).kernels().solvent)(x)
+    np.testing.assert_allclose(threads, energy, rtol=1e-12)
+    np.testing.assert_allclose(pull, gradient, atol=1e-12 * float(jnp.abs(gradient).max()))
 
 
 def test_energy_has_the_symmetries_of_the_box():

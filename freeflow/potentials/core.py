@@ -71,7 +71,7 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, batch: int)
         return _triplet_kernel(potential, potential.weight, table, dtype)
     # Tiles are for caches; threads of a GPU finish their atoms side by side anyway.
     tiled = jax.default_backend() == "cpu" and not _fits(table, batch)
-    make = _tiled_pair_kernel if tiled else _single_pair_kernel
+    make = _tiled_pair_kernel if tiled else pair_kernel
     return make(potential, table, dtype)
 
 
@@ -135,7 +135,7 @@ def _tiled_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) 
     return pairs
 
 
-def _single_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
+def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
     """Pair potentials, along the device's walk; a pair's energy is shared by both ends, as in tiles."""
     walk = walks.walk(table, dtype)
 

@@ -19,9 +19,8 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Numbers of the batch that a program of the GPU kernel works on at most, and its threads in units of 32.
-_BLOCK, _WARPS = 512, 4
-_LEAST_BLOCK = 32
+# What a thread of the GPU kernel holds of an array [bytes], threads in a warp, and warps of a program at most.
+_EACH, _WARP, _WARPS = 16, 32, 4
 
 
 class Pair(NamedTuple):
@@ -69,7 +68,12 @@ class Walk(ABC):
 
 def walk(table: NeighbourTable, dtype: Any) -> Walk:
     """The walk for JAX's default device."""
-    return ByThreads(table, dtype) if jax.default_backend() == "gpu" else SlotBySlot(table, dtype)
+    return ByThreads(table, dtype) if has_threads() else SlotBySlot(table, dtype)
+
+
+def has_threads() -> bool:
+    """Whether JAX's default device is a GPU."""
+    return jax.default_backend() == "gpu"
 
 
 class _Slots(NamedTuple):
@@ -181,7 +185,7 @@ class ByThreads(Walk):
         from jax.experimental.pallas import triton
 
         (n_atoms, batch), dtype, n_sums = x[0].shape, x[0].dtype, n_own + len(parity)
-        block = _block(batch)
+        block, warps = _shape(batch, dtype.itemsize)
         filled = -batch % block
 
         def kernel(counts, partner, offset, places, others, shared, *sums):
@@ -211,16 +215,18 @@ class ByThreads(Walk):
             kernel,
             grid=((batch + filled) // block, n_atoms),
             out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * n_sums,
-            compiler_params=triton.CompilerParams(num_warps=_WARPS),
+            compiler_params=triton.CompilerParams(num_warps=warps),
             interpret=jax.default_backend() == "cpu",
         )(self._counts, self._partner, self._offset, *arguments)
         sums = tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
         return sums[:n_own], sums[n_own:]
 
 
-def _block(batch: int) -> int:
-    """The largest power of two that divides a batch, within limits."""
-    return min(_BLOCK, max(_LEAST_BLOCK, batch & -batch))
+def _shape(batch: int, width: int) -> tuple[int, int]:
+    """Samples that a program works on, the largest power of two that divides the batch, within limits; and its warps."""
+    each = _EACH // width
+    block = int(np.clip(batch & -batch, _WARP, _WARPS * _WARP * each))
+    return block, max(1, block // (_WARP * each))
 
 
 def seen_from_partner(values: np.ndarray, table: NeighbourTable) -> np.ndarray:
