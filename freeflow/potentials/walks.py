@@ -223,7 +223,7 @@ class ByThreads(Walk):
 
 
 def _shape(batch: int, width: int) -> tuple[int, int]:
-    """Samples that a program works on, the largest power of two that divides the batch, within limits; and its warps."""
+    """Samples of a program, the largest power of two that divides the batch, within limits; and its warps."""
     each = _EACH // width
     block = int(np.clip(batch & -batch, _WARP, _WARPS * _WARP * each))
     return block, max(1, block // (_WARP * each))
