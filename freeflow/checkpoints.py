@@ -26,12 +26,12 @@ import safetensors.numpy
 
 from freeflow import flows
 from freeflow.crystals import at_temperature
+from freeflow.documents import write_atomically
 from freeflow.errors import InputError
 from freeflow.flows.core import Flow
 from freeflow.geometry import face_distances
 from freeflow.potentials import External, Potential, SpeciesPairs
 from freeflow.references import Gaussian
-from freeflow.result import write_atomically
 from freeflow.types import Crystal, Params, System, double_precision
 
 FORMAT = "freeflow flow"

@@ -824,7 +824,8 @@ def _no_such_option(error: click.NoSuchOption) -> str:
 
 def _require_places(*inputs: str, **outputs: str | None) -> None:
     """Find out before the work whether outputs, by the names of their options, can be written."""
-    from freeflow.result import require_table_writable, require_writable
+    from freeflow.documents import require_writable
+    from freeflow.result import require_table_writable
 
     for name, path in outputs.items():
         if path is None or (name == "json" and path == "-"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from rich.text import Text
 from scipy.special import ndtr
 
 from freeflow.cells import CELL_MOTIONS, Strained
+from freeflow.documents import JSON_VERSION, Document, print_lines, print_verdict
 from freeflow.estimators import diagnose, effective_sample_size, fep, record, reliability
 from freeflow.observables import (
     Average,
@@ -33,12 +33,11 @@ from freeflow.observables import (
 from freeflow.observers import Profile, observed_crystal, observer, profile
 from freeflow.pipeline import carried_out, read_trajectory, settled
 from freeflow.preparation import Clock, Progress, Report
-from freeflow.result import Result, format_with_error, write_atomically
+from freeflow.result import Result, format_with_error
 from freeflow.trajectories import Equilibrium, FrameSeries, energies
 from freeflow.types import Plan, System, TrajectoryPlan
 
 Verdict = Literal["agree", "disagree", "inconclusive"]
-JSON_VERSION = 1
 FALSE_ALARMS = 1e-3  # chance that some check fails though trajectory and model are the same
 _FEWEST = 20.0  # effective samples of the model; fewer tell nothing
 _PAIRS = 3e8  # of atoms whose distances are looked at in frames
@@ -68,7 +67,7 @@ class Distribution(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
+class Comparison(Document):
     """What importance-weighted samples of the model and the frames of a trajectory say."""
 
     system: System
@@ -143,14 +142,6 @@ class Comparison:
             return {}
         return {"volume_per_atom": {**_both(self.volume), "unit": f"{self.system.units.length}^3"}}
 
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
-
     @property
     def facts(self) -> list[tuple[str, str, str]]:
         """What there is to know of the trajectory and the model: name, value, remark."""
@@ -185,13 +176,6 @@ class Comparison:
             rows.append(("published", format_with_error(published.beta_f_per_atom, error), published.source))
         return rows
 
-    def __str__(self) -> str:
-        import io
-
-        sheet = io.StringIO()
-        self.render(Console(file=sheet, width=120, color_system=None, force_terminal=False))
-        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
-
     def render(self, console: Console) -> None:
         """Print the tables and the verdict."""
         console.print(Text(f"{self.system.name} against {self.series.path}", style="bold"))
@@ -204,13 +188,8 @@ class Comparison:
             for row in rows:
                 table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in (f"  {row[0]}", *row[1:])))
             console.print(table)
-        if self.warnings:
-            console.print()
-            console.print(Text("Warnings", style="bold"))
-            for warning in self.warnings:
-                console.print(Text(f"  {warning}", style="yellow"))
-        console.print()
-        console.print(Text(self.sentence, style="bold green" if self.verdict == "agree" else "bold red"))
+        print_lines(console, "Warnings", self.warnings)
+        print_verdict(console, self.sentence, self.verdict == "agree")
 
     @property
     def sentence(self) -> str:

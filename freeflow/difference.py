@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freeflow.result import format_with_error, plain, write_atomically
+from freeflow.documents import JSON_VERSION, Document, plain, print_lines, print_verdict
+from freeflow.result import format_with_error
 from freeflow.types import DifferencePlan, Work
 
 if TYPE_CHECKING:
     from freeflow.solutions import Solution
 
-JSON_VERSION = 1
 Status = Literal["converged", "target_not_reached", "unreliable", "interrupted"]
 METHODS: Mapping[str, str] = {
     "fep": "exponential average from A alone, no map",
@@ -55,7 +52,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DifferenceResult:
+class DifferenceResult(Document):
     """The free energy difference of two states, by every method that was asked for."""
 
     problem: Solution
@@ -182,19 +179,6 @@ class DifferenceResult:
             }
         )
 
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
-
-    def __str__(self) -> str:
-        sheet = io.StringIO()
-        self.render(Console(file=sheet, width=120, color_system=None, force_terminal=False))
-        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
-
     def render(self, console: Console) -> None:
         """Print the table of methods and the verdict."""
         problem = self.problem
@@ -232,15 +216,7 @@ class DifferenceResult:
         console.print(table)
         notes = [f"{answer.method}: {reason}" for answer in self.answers for reason in answer.reasons]
         ways = [f"{answer.method}: {answer.how}" for answer in self.answers if answer.how]
-        for title, lines, style in (
-            ("How", ways, ""),
-            ("Why not reliable", notes, "yellow"),
-            ("Warnings", self.warnings, "yellow"),
-        ):
-            if lines:
-                console.print()
-                console.print(Text(title, style="bold"))
-                for line in lines:
-                    console.print(Text(f"  {line}", style=style))
-        console.print()
-        console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
+        print_lines(console, "How", ways, "")
+        print_lines(console, "Why not reliable", notes)
+        print_lines(console, "Warnings", self.warnings)
+        print_verdict(console, self.verdict, self.status == "converged")

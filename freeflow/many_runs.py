@@ -146,7 +146,7 @@ def keep(folder: Path, outcome: Outcome) -> None:
     except OSError as error:
         raise FreeflowError(f"{path}: cannot be written: {error.strerror}") from None
     if outcome.result is not None:
-        from freeflow.result import write_atomically
+        from freeflow.documents import write_atomically
 
         text = json.dumps(outcome.result, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / f"{_file_name(outcome.name)}-{outcome.key[:8]}.json", text)

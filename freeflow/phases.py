@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from freeflow.config import series_of
+from freeflow.documents import JSON_VERSION, Document, csv_text, plain, print_verdict, write_atomically
 from freeflow.errors import InputError
 from freeflow.preparation import Progress, Report
-from freeflow.result import EXIT_STATUS, JSON_VERSION, Status, format_with_error, plain, write_atomically
+from freeflow.result import EXIT_STATUS, Status, format_with_error
 from freeflow.series import as_series, estimate_series
 from freeflow.thermodynamics import SeriesResult, lines_of, write_figure
 from freeflow.types import Plan, StateSeries, System
@@ -49,7 +48,7 @@ class Crossing(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PhaseComparison:
+class PhaseComparison(Document):
     """Free energies of two crystals, b against a, per atom and in the same states."""
 
     a: SeriesResult
@@ -206,36 +205,12 @@ class PhaseComparison:
     def _symbol(self) -> str:
         return "g" if self.a.moves else "f"
 
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
-
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the differences as a table, one state to a line; the heads say the units."""
         units, f = self.a.system.units, self._symbol
-        heads = (
-            f"temperature [{units.temperature}]",
-            *([f"pressure [{units.pressure}]"] if self.a.moves else []),
-            f"delta_beta_{f}_per_atom [kT]",
-            f"delta_beta_{f}_per_atom_std_error [kT]",
-            f"delta_{f}_per_atom [{units.energy}]",
-            f"delta_{f}_per_atom_std_error [{units.energy}]",
-            "stable",
-        )
-        rows = [
-            [str(value or "") if value is None else str(value) for value in row.values()]
-            for row in self.to_dict()["series"]
-        ]
-        write_atomically(path, "\n".join([",".join(heads), *(",".join(row) for row in rows)]) + "\n")
-
-    def __str__(self) -> str:
-        sheet = io.StringIO()
-        self.render(Console(file=sheet, width=120, color_system=None, force_terminal=False))
-        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
+        known = {"temperature": units.temperature, "pressure": units.pressure}
+        known |= {f"delta_beta_{f}": "kT", f"delta_{f}": units.energy}
+        write_atomically(path, csv_text(self.to_dict()["series"], known))
 
     def render(self, console: Console) -> None:
         """Print the table of differences and the verdict."""
@@ -275,8 +250,7 @@ class PhaseComparison:
                     console.print(Text(f"  {name}, {at}: {reason}", style="yellow"))
         for warning in self.warnings:
             console.print(Text(f"  {warning}", style="yellow"))
-        console.print()
-        console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
+        print_verdict(console, self.verdict, self.status == "converged")
 
     def write_plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the difference over temperature or pressure with its error and crossings: .png, .pdf or .svg."""

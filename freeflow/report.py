@@ -26,11 +26,12 @@ from scipy.optimize import root_scalar
 from scipy.special import expit, log_expit
 
 from freeflow.comparison import Comparison, Distribution
+from freeflow.documents import write_atomically
 from freeflow.estimators import bar, fep, record
 from freeflow.estimators.two_state import bennett_shift
 from freeflow.observables import Average
 from freeflow.observers import Profile
-from freeflow.result import Result, format_with_error, in_words, write_atomically
+from freeflow.result import Result, format_with_error, in_words
 from freeflow.trajectories import FrameSeries
 from freeflow.trajectories.recomputed import OTHER_ENERGIES
 from freeflow.types import Work

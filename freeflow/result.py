@@ -6,28 +6,32 @@ Importing this module does not start JAX.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import platform
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freeflow.errors import FreeflowError, InputError
+from freeflow.documents import (
+    JSON_VERSION,
+    Document,
+    plain,
+    print_lines,
+    print_verdict,
+    require_writable,
+    write_atomically,
+)
+from freeflow.errors import InputError
 
 if TYPE_CHECKING:
     from freeflow.types import Plan, System, Work
-
-JSON_VERSION = 1
 
 Status = Literal["converged", "target_not_reached", "unreliable", "interrupted"]
 EXIT_STATUS: dict[Status, int] = {"converged": 0, "target_not_reached": 3, "unreliable": 3, "interrupted": 130}
@@ -58,7 +62,7 @@ BOOTSTRAP_RATIO = Scale(good=1.25, fair=1.5)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
+class Result(Document):
     """A free energy, how it came about and how far to trust it.
 
     Energies are in kT and belong to the whole crystal unless their name says per atom. NaN stands
@@ -91,6 +95,8 @@ class Result:
     profile: Any = None  # freeflow.observers.Profile: g(r) of the target, where it was asked for
     observed: Any = None  # what an observer made of the forward samples, one row each
     cell: Any = None  # freeflow.observers.CellAverage, where the cell moves
+
+    _width: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
         terms = list(self.components.values())
@@ -232,23 +238,6 @@ class Result:
             "cell": vectors and {**vectors, "unit": units.length},
         }
 
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON document; the file is there whole or not at all.
-
-        Raises:
-            FreeflowError: If it cannot be written.
-        """
-        write_atomically(path, self.json_text())
-
-    def __str__(self) -> str:
-        sheet = io.StringIO()
-        self.render(Console(file=sheet, width=100, color_system=None, force_terminal=False))
-        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
-
     def render(self, console: Console) -> None:
         """Print the table with error bars and verdict."""
         heads = [("bold", self.system.name), ("", in_words(self.system))]
@@ -263,13 +252,8 @@ class Result:
             for row in rows:
                 table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in (f"  {row[0]}", *row[1:])))
             console.print(table)
-        if self.warnings:
-            console.print()
-            console.print(Text("Warnings", style="bold"))
-            for warning in self.warnings:
-                console.print(Text(f"  {warning}", style="yellow"))
-        console.print()
-        console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
+        print_lines(console, "Warnings", self.warnings)
+        print_verdict(console, self.verdict, self.status == "converged")
 
     @property
     def verdict(self) -> str:
@@ -490,66 +474,6 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file, text in UTF-8, whole or not at all: into a neighbour first, then renamed.
-
-    Raises:
-        FreeflowError: If it cannot be written; nothing is left behind.
-    """
-    target = _real(path)
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        if target.exists() and not target.is_file():  # a pipe or a device cannot be replaced
-            target.write_bytes(data)
-            return
-        neighbour = _neighbour(target)
-        try:
-            with neighbour.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            neighbour.replace(target)
-        finally:
-            neighbour.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FreeflowError(f"{path}: cannot be written: {reason}") from None
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before the work, not after it, whether `write_atomically` can write there.
-
-    Raises:
-        FreeflowError: If it cannot.
-    """
-    target = _real(path)
-    if target.is_dir():
-        raise FreeflowError(f"{path}: cannot be written: it is a directory")
-    if target.exists() and not target.is_file():
-        return
-    probe = _neighbour(target)
-    try:
-        probe.open("x").close()
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FreeflowError(f"{path}: cannot be written: {reason}") from None
-
-
-def _neighbour(target: Path) -> Path:
-    """A new name beside the target's, short enough for any file system."""
-    start = os.fsdecode(os.fsencode(target.name)[:100])
-    return target.with_name(f".{start}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _real(path: str | os.PathLike[str]) -> Path:
-    """The file that a path leads to; a link is written through, not replaced."""
-    try:
-        return Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        raise FreeflowError(f"{path!r}: cannot be written: {error}") from None
-
-
 def _decimals(error: float) -> int:
     """How many decimal places an error bar leaves meaningful; never fewer than none."""
     exact = Decimal(repr(error))
@@ -608,18 +532,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: plain Python, and None for numbers that it has no word for."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # NumPy and JAX
-        return plain(value.tolist())
-    return str(value)

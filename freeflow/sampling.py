@@ -6,7 +6,6 @@ the reference, are annealed to the target, and wait there until equilibrium is s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -24,6 +23,7 @@ from freeflow import bridge as bridges
 from freeflow import team
 from freeflow.bridge import BridgeParams, Pilot, Schedule, Segment
 from freeflow.cells import Strained, stretches
+from freeflow.documents import JSON_VERSION, Document, write_atomically
 from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import chain_correlation, effective_sample_size, equilibrated, record
 from freeflow.estimators.diagnostics import diagnose, reliability
@@ -32,12 +32,11 @@ from freeflow.observers import observed_crystal
 from freeflow.pipeline import settled
 from freeflow.preparation import Clock, Progress, Report, Run, learned_flow, tune, with_reference
 from freeflow.references import Gaussian
-from freeflow.result import provenance, write_atomically
+from freeflow.result import provenance
 from freeflow.trajectories import check_writable, energies, rows_of, write
 from freeflow.types import Plan, System, double_precision
 from freeflow.work import Crowd, completed, systematic_resample
 
-JSON_VERSION = 1
 _MAX_BYTES = 8e9
 _CHAIN = 8  # frames of a chain that are worth its way to equilibrium
 _MAX_BATCHES = 16
@@ -51,7 +50,7 @@ _LOST = 0.01  # share of samples with an atom off its site above which there is 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sampling:
+class Sampling(Document):
     """Configurations of the target, and how independent they are.
 
     Frames of Monte Carlo come chain after chain, each in the order of time.
@@ -107,14 +106,6 @@ class Sampling:
             "files": [str(file) for file in self.files],
             "provenance": dict(self.provenance),
         }
-
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
 
     @property
     def summary(self) -> str:

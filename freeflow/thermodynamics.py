@@ -6,19 +6,27 @@ Importing this module does not start JAX.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freeflow.result import EXIT_STATUS, JSON_VERSION, Status, format_with_error, in_words, plain, write_atomically
+from freeflow.documents import (
+    JSON_VERSION,
+    Document,
+    csv_text,
+    plain,
+    print_lines,
+    print_verdict,
+    write_atomically,
+)
+from freeflow.result import EXIT_STATUS, Status, format_with_error, in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +86,7 @@ class StateResult:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SeriesResult:
+class SeriesResult(Document):
     """Thermodynamic functions of a crystal along a series of states."""
 
     system: System
@@ -92,6 +100,8 @@ class SeriesResult:
     interrupted: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quantity: str = "helmholtz_free_energy"
+
+    _width: ClassVar[int] = 150
 
     @property
     def n_atoms(self) -> int:
@@ -211,33 +221,12 @@ class SeriesResult:
             }
         )
 
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
-
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the states as a table, one line each; the heads say the units."""
-        unit = self._units | {self._names["beta_f"]: "kT"}
-
-        def head(name: str) -> str:
-            found = unit.get(name.removesuffix("_std_error").removesuffix("_per_atom").removeprefix("plain_"))
-            return name if found is None else f"{name} [{found}]"
-
-        rows = list(self.rows())
-        lines = [",".join(head(name) for name in rows[0])] if rows else []
-        lines += [",".join(str(value) for value in row.values()) for row in rows]
-        write_atomically(path, "\n".join(lines) + "\n")
+        units = self._units | {self._names["beta_f"]: "kT"}
+        write_atomically(path, csv_text(list(self.rows()), units))
 
     # ----------------------------------------------------------------------- for the eye
-
-    def __str__(self) -> str:
-        sheet = io.StringIO()
-        self.render(Console(file=sheet, width=150, color_system=None, force_terminal=False))
-        return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
 
     def render(self, console: Console) -> None:
         """Print the table with error bars and verdict."""
@@ -276,14 +265,9 @@ class SeriesResult:
         ):
             console.print(Text(text))
         reasons = [f"{self._degrees(s.temperature, s.pressure)}: {reason}" for s in self.states for reason in s.reasons]
-        for title, lines in (("Why not reliable", reasons), ("Warnings", self.warnings)):
-            if lines:
-                console.print()
-                console.print(Text(title, style="bold"))
-                for line in lines:
-                    console.print(Text(f"  {line}", style="yellow"))
-        console.print()
-        console.print(Text(self.verdict, style="bold green" if self.status == "converged" else "bold red"))
+        print_lines(console, "Why not reliable", reasons)
+        print_lines(console, "Warnings", self.warnings)
+        print_verdict(console, self.verdict, self.status == "converged")
 
     def _cells(self, s: StateResult) -> Iterator[str]:
         """A state's row of the table."""

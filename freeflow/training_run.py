@@ -19,18 +19,18 @@ from rich.text import Text
 from freeflow import checkpoints, config, preparation, training
 from freeflow.checkpoints import FILE_NAME, RANGES, Checkpoint
 from freeflow.crystals import at_temperature, strained_system
+from freeflow.documents import JSON_VERSION, Document, require_writable, write_atomically
 from freeflow.errors import FreeflowError, InputError
 from freeflow.flows import Flow, starting_from
 from freeflow.folders import alone_in
 from freeflow.preparation import Progress, Report, format_bound, format_ess, training_progress
 from freeflow.references import Gaussian
-from freeflow.result import provenance, require_writable, write_atomically
+from freeflow.result import provenance
 from freeflow.training import Compiled, Ending, Family, Limits, Metrics, Session
 from freeflow.types import FlowPlan, Plan, System, TrainingPlan, TrajectoryPlan, double_precision
 
 _FAMILY = "family"  # groups of arrays: references of the states of one density
 METRICS_FILE, SYSTEM_FILE = "metrics.jsonl", "system.yaml"
-JSON_VERSION = 1
 DEFAULT_ARCHITECTURE = "residual"
 _SAVE_SECONDS = 30.0
 _OVERTIME = 1.25  # of a time budget, for the end of the schedule where steps were slower than measured
@@ -47,7 +47,7 @@ _EXIT_STATUS: Mapping[Ending, int] = {
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(Document):
     """How training went."""
 
     system: System
@@ -96,14 +96,6 @@ class TrainingResult:
             "warnings": list(self.warnings),
             **({"states": [dict(state) for state in self.states]} if self.states else {}),
         }
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the JSON document; the file is there whole or not at all."""
-        write_atomically(path, self.json_text())
-
-    def json_text(self) -> str:
-        """The JSON document, ending in a line feed."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @property
     def summary(self) -> str:

@@ -4,25 +4,21 @@ import ast
 import contextlib
 import io
 import re
-import shlex
 import sys
 import tomllib
-from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 import yaml
 from fake_results import fake_result
+from pages import PAGES, ROOT, blocks_of, name_of, shell_lines
 
 from freeflow import cli
 from freeflow.config import read
 from freeflow.config.schema import SolutionFileSection, SystemSection
 from freeflow.geometry import LATTICES
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")])
-BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LANGUAGES = {"json", "python", "sh", "text", "yaml"}
 # Python that runs an estimate or two; the others take seconds all together.
 SLOW = {"docs/extend/potential.md", *(f"docs/howto/{name}.md" for name in (
@@ -46,31 +42,17 @@ SOLUTION = {
 }
 
 
-def name_of(page):
-    return str(page.relative_to(ROOT))
-
-
-def found(page):
-    """Language, title and text of every block of a page."""
-    return BLOCK.findall(page.read_text(encoding="utf-8"))
-
-
 def blocks(language):
     return [
-        pytest.param(text, id=f"{name_of(page)}-{k}")
+        pytest.param(block.text, id=f"{name_of(page)}-{k}")
         for page in PAGES
-        for k, (kind, _, text) in enumerate(found(page))
-        if kind == language
+        for k, block in enumerate(blocks_of(page))
+        if block.language == language
     ]
 
 
 def lines():
-    """Every line of a shell block as words."""
-    for parameter in blocks("sh"):
-        for line in parameter.values[0].replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield words
+    return (words for page in PAGES for words in shell_lines(page))
 
 
 def commands():
@@ -131,7 +113,7 @@ def test_other_commands_exist():
 
 def test_blocks_have_a_known_language():
     for page in PAGES:
-        assert {kind for kind, _, _ in found(page)} <= LANGUAGES, name_of(page)
+        assert {block.language for block in blocks_of(page)} <= LANGUAGES, name_of(page)
 
 
 # ------------------------------------------------------------------------------ Python
@@ -157,7 +139,7 @@ def test_names_of_the_package_exist():
 
 
 def pages_with_python():
-    names = [name_of(page) for page in PAGES if any(kind == "python" and not title for kind, title, _ in found(page))]
+    names = [name_of(page) for page in PAGES if any(b.language == "python" and not b.title for b in blocks_of(page))]
     return [
         pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in names
@@ -184,7 +166,7 @@ def clean(tmp_path, monkeypatch):
 def test_python_runs(name, clean):
     """The blocks of a page in turn, in one namespace; those with a title are files beside them."""
     namespace = {"__name__": "docs"}
-    for kind, title, text in found(ROOT / name):
+    for kind, title, text in blocks_of(ROOT / name):
         if title:
             (clean / title).write_text(text, encoding="utf-8")
         elif kind == "python":

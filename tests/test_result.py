@@ -15,8 +15,9 @@ import pytest
 from fake_results import fake_result, fake_system
 from rich.console import Console
 
+from freeflow.documents import require_writable
 from freeflow.errors import FreeflowError
-from freeflow.result import BOOTSTRAP_RATIO, ESS_FRACTION, format_with_error, provenance, require_writable
+from freeflow.result import BOOTSTRAP_RATIO, ESS_FRACTION, format_with_error, provenance
 from freeflow.types import Plan, Published, Work
 from freeflow.units import unit_style
 
@@ -286,3 +287,11 @@ def test_places_that_cannot_be_written_are_known_beforehand(tmp_path):
 def test_importing_result_does_not_start_jax():
     code = "import sys, freeflow.result; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_result_prints_itself_in_a_notebook_too(monkeypatch):
+    """There rich would show the table by itself, and `print(result)` an empty line."""
+    plain = str(fake_result())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(fake_result()) == plain
+    assert "beta F / N" in plain
