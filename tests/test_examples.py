@@ -76,7 +76,12 @@ EXAMPLES_SMALL = {
         texts=(("in.ice", "block 0 3 0 3 0 3", "block 0 2 0 2 0 2"), ("in.ice", "run             20000", "run 8000")),
         statuses=(0, 3),  # one run in a thousand disagrees by chance, and a short one may be too short
     ),
-    "emt_copper": Small({"copper_300.yaml": {"crystal": {"repeats": [2, 2, 2]}}}, LOOSE, ("--sweeps", "20")),
+    "emt_copper": Small(
+        {"copper_300.yaml": {"crystal": {"repeats": [2, 2, 2]}}},
+        LOOSE,
+        ("--sweeps", "10"),
+        texts=(("../frenkel_ladd.py", "= 32, 8, 6, 20, 4", "= 16, 8, 3, 10, 1"),),  # chains, groups, leaps and so on
+    ),
     "fcc_hcp": Small(
         {
             "fcc.yaml": {"structure": {"repeats": [4, 4, 2]}, "potential": {"cutoff": 1.7}},
