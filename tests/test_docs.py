@@ -215,7 +215,7 @@ DOCUMENTS = ("result", "difference", "thermodynamics", "phases", "comparison", "
 def keys_of(module):
     """Keys of the dictionaries that the JSON functions of a module write out."""
     tree = ast.parse((ROOT / "freeflow" / f"{module}.py").read_text(encoding="utf-8"))
-    makers = {"to_dict", "rows", "_names", "_under_pressure"}
+    makers = {"to_dict", "rows", "_names", "_under_pressure", "_volumes"}
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.name in makers:
             for node in ast.walk(function):
