@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from freeflow import memory, observables, team
-from freeflow.bridge import BridgeParams, Schedule
+from freeflow.bridge import BridgeParams, Pilot, Schedule
 from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
@@ -113,6 +113,7 @@ def carried_out(
     clock: Clock,
     frames: Equilibrium | None = None,
     observe: Observe | None = None,
+    pilot: Pilot | None = None,
 ) -> Result:
     """The estimate of a plan.
 
@@ -124,6 +125,7 @@ def carried_out(
         frames: Samples of the target for `bar`, where they are not to come from the bridge.
         observe: Told the displacements of all arrivals; what it returns is `Result.observed`. The cell's strain if
             none is given and the cell moves.
+        pilot: A trial crossing of the same crystal in another state, which spares one in this.
 
     A flow that is trained here from frames sees the earlier half of them, and the estimate uses the later one.
     """
@@ -143,14 +145,14 @@ def carried_out(
             try:
                 with with_reference(system, plan, flow, report, batch) as (run, fit):
                     clock.lap("reference")
-                    crossing = tune(run, fit.gaussian, report)
+                    crossing = tune(run, fit.gaussian, report, pilot)
                     clock.lap("tuning")
                     # A cell that moves may have been given another reference.
                     mine = None if frames is None else frames.in_reference(system.crystal, run.system.crystal)
                     back = None if mine is None else _carry_back(run, fit.gaussian, crossing, mine, report)
                     samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
                     clock.lap("sampling")
-                    return _result(run, fit, samples, mine, clock)
+                    return replace(_result(run, fit, samples, mine, clock), pilot=crossing.pilot)
             except Exception as error:
                 # A process of a team cannot take another way than the others.
                 if not memory.ran_out(error) or batch == 1 or team.size() > 1:
@@ -281,8 +283,8 @@ def _draw(
 ) -> None:
     """The work of `_sample_until`: fills `samples`, keeps in `jobs` what is under way."""
     plan, sampler, limit = run.plan, run.sampler, crossing.max_samples
-    bridged = len(crossing.schedule.counts) > 0
-    fewest = fewest_samples(run.system, plan) if bridged else _MIN_SAMPLES_DIRECT
+    stages = int(crossing.schedule.counts.sum())
+    fewest = fewest_samples(run.system, plan, stages) if stages else _MIN_SAMPLES_DIRECT
     rule = StoppingRule(run.target_error, limit, min_samples=min(fewest, limit))
     told, begun = _Teller(run, crossing.schedule, report), 0
     settle = _SETTLE if plan.estimator == "bar" and samples.frames is None else 0

@@ -40,6 +40,9 @@ _WORK_VARIANCE = (0.08, 1.0)
 # atoms is a sum over regions that hardly know of each other, and as good as Gaussian.
 _MIN_SAMPLES_LARGE, _MIN_SAMPLES, _MIN_SAMPLES_SMALL = 64, 160, 1024
 _SAMPLES_TIMES_ATOMS_LARGE = 2**19
+# Over so many stages work is a sum of pieces that have forgotten each other, in small crystals, too: the slower a
+# crossing, the more Gaussian its work (Speck and Seifert, PRE 70, 066112, 2004). They then need no more than this.
+_LONG_BRIDGE, _MIN_SAMPLES_LONG = 4096, 256
 _LOOSE, _NOT_SMALL = 5e-4, 200  # target error [kT per atom] and atoms from which on preparations are cut short
 # Samples of a flow, or fewer of a dear potential; a bridge follows unless their work varies by less than this [kT^2].
 _TRIAL_SAMPLES = 512
@@ -468,8 +471,15 @@ class Crossings(NamedTuple):
     max_samples: int
 
 
-def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
-    """How many stages the bridge gets, where they lie and how large their steps are."""
+def tune(run: Run, gaussian: Gaussian, report: Report, known: Pilot | None = None) -> Crossings:
+    """How many stages the bridge gets, where they lie and how large their steps are.
+
+    Args:
+        run: What to cross to.
+        gaussian: The reference.
+        report: Told what is going on.
+        known: A trial crossing of the same crystal in another state; it stands for the first of two.
+    """
     if run.plan.bridge is None:
         return _no_bridge(run)
     spend = effort(run.system, run.plan)
@@ -481,13 +491,16 @@ def tune(run: Run, gaussian: Gaussian, report: Report) -> Crossings:
         and _needs_no_bridge(run, gaussian, trial)
     ):
         return _no_bridge(run)
-    report(Progress("tuning", 0.0, "first trial crossing"))
-    pilot = run.sampler.pilot(
-        gaussian,
-        lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")),
-        n_samples=spend.pilot_samples,
-        stages=spend.only_pilot,
-    )
+    if known is None or spend.only_pilot is not None:
+        report(Progress("tuning", 0.0, "first trial crossing"))
+        pilot = run.sampler.pilot(
+            gaussian,
+            lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")),
+            n_samples=spend.pilot_samples,
+            stages=spend.only_pilot,
+        )
+    else:
+        pilot = known
     if spend.only_pilot is None:
         # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
         slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
@@ -528,11 +541,12 @@ def _needs_no_bridge(run: Run, gaussian: Gaussian, n_samples: int) -> bool:
     return bool(np.isfinite(work).all()) and float(work.var()) < _WORK_VARIANCE_DIRECT
 
 
-def fewest_samples(system: System, plan: Plan) -> int:
-    """Samples over a bridge that an error bar can be had from."""
+def fewest_samples(system: System, plan: Plan, stages: int = 0) -> int:
+    """Samples over a bridge of so many stages that an error bar can be had from."""
     n_atoms, spend = system.n_atoms, effort(system, plan)
     fewest = int(np.clip(_SAMPLES_TIMES_ATOMS_LARGE // n_atoms, _MIN_SAMPLES_LARGE, spend.fewest_samples))
-    return int(np.clip(spend.samples_times_atoms // n_atoms, fewest, spend.most_to_begin_with))
+    usual = int(np.clip(spend.samples_times_atoms // n_atoms, fewest, spend.most_to_begin_with))
+    return usual if stages < _LONG_BRIDGE else min(usual, _MIN_SAMPLES_LONG)
 
 
 def _stages(run: Run, pilot: Pilot) -> tuple[int, float]:

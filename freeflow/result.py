@@ -95,6 +95,7 @@ class Result(Document):
     profile: Any = None  # freeflow.observers.Profile: g(r) of the target, where it was asked for
     observed: Any = None  # what an observer made of the forward samples, one row each
     cell: Any = None  # freeflow.observers.CellAverage, where the cell moves
+    pilot: Any = None  # freeflow.bridge.Pilot: the trial crossing that the bridge was made after, if there was one
 
     _width: ClassVar[int] = 100
 

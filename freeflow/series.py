@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Float
 
 from freeflow import pipeline
+from freeflow.bridge import Pilot
 from freeflow.carrying import Carried, Carrier, carrier
 from freeflow.config import load, revise
 from freeflow.crystals import at_state
@@ -111,7 +112,7 @@ def estimate_series(
         try:
             tell = _labelled(report, systems[at], len(anchors), begun)
             error = target if at in doubted else _missing(table[at], target)
-            anchor = _anchor(systems[at], plan, error, len(anchors), tell)
+            anchor = _anchor(systems[at], plan, error, len(anchors), tell, _pilot(anchors, systems[at]))
             columns = _reaches(anchor, systems, at, target, shape, report)
         except KeyboardInterrupt:
             if not anchors:
@@ -212,11 +213,20 @@ def _missing(row: Sequence[Reach | None], target: float) -> float:
     return min(_MARGIN * rest**-0.5, _LOOSEST * target) if rest > 0 else target
 
 
-def _anchor(system: System, plan: Plan, error: float, number: int, report: Report) -> Anchor:
+def _pilot(anchors: Sequence[Anchor], system: System) -> Pilot | None:
+    """Trial crossing of the anchor that is nearest in temperature: one spares every anchor but the first another."""
+    known = [anchor for anchor in anchors if anchor.result.pilot is not None]
+    nearest = min(known, key=lambda anchor: abs(math.log(anchor.system.temperature / system.temperature)), default=None)
+    return None if nearest is None else nearest.result.pilot
+
+
+def _anchor(
+    system: System, plan: Plan, error: float, number: int, report: Report, pilot: Pilot | None = None
+) -> Anchor:
     """The estimate in one state up to an error [kT], with its samples."""
     seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0]) if number else plan.seed
     own = replace(plan, seed=seed, target_error=error / system.n_atoms)
-    result = pipeline.carried_out(system, own, report, Clock(), observe=observed_crystal)
+    result = pipeline.carried_out(system, own, report, Clock(), observe=observed_crystal, pilot=pilot)
     return Anchor(result, carrier(result))
 
 

@@ -76,6 +76,59 @@ def test_crossing_with_its_error():
     assert found.exit_status == 0 and "180(3) K" in found.verdict
 
 
+def under_pressure(slope, at, errors, seed):
+    """A grid of two temperatures and four pressures, with beta G = slope (p - at(T)) per atom and made-up resamples."""
+    system = load({**load("mw_cubic_64").config, "published": None, "pressure": 0.0})
+    rng, n, states = np.random.default_rng(seed), system.n_atoms, []
+    for p in PRESSURES:
+        for t in T[:2]:
+            zeros = dict.fromkeys(
+                ("energy", "plain_energy", "entropy", "heat_capacity", "helmholtz_z", "anchors_z"), 0.0
+            )
+            ones = {f"{name}_std_error": 1.0 for name in ("energy", "plain_energy", "entropy", "heat_capacity")}
+            states.append(
+                StateResult(
+                    temperature=t,
+                    pressure=p,
+                    kt=t * system.units.boltzmann,
+                    beta_f=slope * (p - at[t]) * n,
+                    beta_f_std_error=errors * n,
+                    **zeros,
+                    **ones,
+                    n_anchors=1,
+                    status="converged",
+                    reasons=(),
+                )
+            )
+    noise = rng.standard_normal((1, 2000)) * errors * n
+    return SeriesResult(
+        system=system,
+        plan=system.plan,
+        states=tuple(states),
+        anchors=((100.0, 0.0),),
+        replicas=np.array([state.beta_f for state in states])[:, None] + noise,
+        energy_evaluations={"sampling": 10},
+        wall_seconds={"total": 1.0},
+    )
+
+
+PRESSURES = (0.0, 1000.0, 2000.0, 4000.0)
+
+
+def test_coexistence_pressures_with_their_errors():
+    """Delta = 1e-4 (p - p0) crosses zero at p0, one for every temperature; its error is 3e-3 / 1e-4 = 30 atm."""
+    a = under_pressure(0.0, dict.fromkeys(T, 0.0), 1e-9, 0)
+    found = PhaseComparison(a=a, b=under_pressure(1e-4, {100.0: 1370.0, 150.0: 2900.0}, 3e-3, 1))
+    assert [crossing.along for crossing in found.crossings] == ["pressure"] * 2
+    assert [crossing.temperature for crossing in found.crossings] == [100.0, 150.0]
+    assert [crossing.pressure for crossing in found.crossings] == pytest.approx([1370.0, 2900.0])
+    assert [crossing.std_error for crossing in found.crossings] == pytest.approx([30.0, 30.0], rel=0.1)
+    assert {crossing.below for crossing in found.crossings} == {found.b.system.name}
+    assert "1370(30) atm at 100 K, 2900(30) atm at 150 K" in found.verdict
+    beyond = PhaseComparison(a=a, b=under_pressure(1e-4, {100.0: 1370.0, 150.0: 5000.0}, 3e-3, 1))
+    assert [crossing.temperature for crossing in beyond.crossings] == [100.0]
+
+
 def test_errors_of_neighbours_matter():
     """If the two ends of the segment move one by one, the crossing is known better than if they move together."""
     one, other = (

@@ -22,6 +22,13 @@ def test_preparations_are_cut_short_for_loose_targets_only():
         assert effort(load_crystal(other), loose).only_pilot is None
 
 
+def test_over_long_bridges_small_crystals_need_no_more_samples_than_large_ones():
+    small, large = load_crystal("mw_cubic_8"), load_crystal("mw_cubic_512")
+    assert fewest_samples(small, small.plan) == fewest_samples(small, small.plan, 1000) == 1024
+    assert fewest_samples(small, small.plan, 20_000) == 256
+    assert fewest_samples(large, large.plan, 20_000) == fewest_samples(large, large.plan) <= 256
+
+
 @pytest.mark.slow
 def test_error_bars_hold_where_preparations_are_cut_short():
     """Thirty seeds of LJ, 256 atoms. z of rms 1 exceeds 1.6 in one of 10^6 sets; 0.4 at the other end."""

@@ -10,6 +10,7 @@ import pytest
 
 import freeflow as ff
 from freeflow import carrying, cli, pipeline, references, series
+from freeflow.bridge import Pilot
 from freeflow.config import crystal_only, load
 from freeflow.crystals import at_temperature
 from freeflow.errors import InputError
@@ -248,9 +249,10 @@ def test_an_anchor_of_few_samples_that_is_not_to_be_trusted_is_made_anew(ice, mo
     """With the target's own error, that is; one that had this error and is not to be trusted is final."""
     asked, target, nothing = [], 8 * TARGET, np.zeros(0)
 
-    def anchor(system, plan, error, number, report):
+    def anchor(system, plan, error, number, report, pilot):
         asked.append(error)
-        return SimpleNamespace(result=SimpleNamespace(status="converged" if error <= target else "unreliable"))
+        status = "converged" if error <= target else "unreliable"
+        return series.Anchor(SimpleNamespace(status=status, pilot=None), None)
 
     def reaches(anchor, *_):
         reasons = () if anchor.result.status == "converged" else ("made up",)
@@ -276,6 +278,17 @@ def test_an_anchor_of_few_samples_that_is_not_to_be_trusted_is_made_anew(ice, mo
     (row,) = rows
     assert asked == [1.5 * target, target]
     assert [bool(reach.reasons) for reach in row] == [True, False]
+
+
+def test_anchors_take_the_trial_crossing_of_the_nearest_one(ice):
+    pilots = [Pilot(*[np.full(1, float(k))] * 5, 0.0) for k in range(2)]
+    near = zip(TEMPERATURES, (pilots[0], None, pilots[1]), strict=False)
+    anchors = [
+        series.Anchor(SimpleNamespace(system=at_temperature(ice.system, t), pilot=pilot), None) for t, pilot in near
+    ]
+    assert series._pilot([], ice.system) is None and series._pilot(anchors[1:2], ice.system) is None
+    assert series._pilot(anchors, at_temperature(ice.system, 168.0)) is pilots[0]
+    assert series._pilot(anchors, at_temperature(ice.system, 225.0)) is pilots[1]
 
 
 def test_a_series_is_no_single_crystal(ice):
