@@ -64,7 +64,11 @@ class _Misfit(InputError):
 
 
 def flatten(group: str, tree: Any) -> dict[str, np.ndarray]:
-    """Leaves of a pytree as NumPy arrays, named by their group and their way through the tree."""
+    """Leaves of a pytree as NumPy arrays, named by their group and their way through the tree.
+
+    Raises:
+        ValueError: If two leaves share a name.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {_name(group, path): np.asarray(leaf, order="C") for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -311,7 +315,11 @@ def difference(made_for: Mapping[str, Any], wanted: Mapping[str, Any], any_size:
 def apart(checkpoint: Checkpoint, system: System, any_size: bool, own: Mapping[str, Any] | None = None) -> str | None:
     """What keeps a flow from a system, in words; None if it suits. A conditional flow suits a range of states.
 
-    `own` is the system's fingerprint, if it is known already.
+    Args:
+        checkpoint: What was read.
+        system: What the flow is to be used for.
+        any_size: Whether the number of atoms may differ.
+        own: The system's fingerprint, if it is known already.
     """
     ranges = {key: checkpoint.options.get(name) for key, name in RANGES.items()}
     wanted = dict(fingerprint(system) if own is None else own)
@@ -418,7 +426,16 @@ def load_flow(system: System, source: str, gaussian: Callable[[], Gaussian]) -> 
 
 
 def rebuild(checkpoint: Checkpoint, system: System, gaussian: Callable[[], Gaussian]) -> Flow:
-    """The flow that a checkpoint describes."""
+    """The flow that a checkpoint describes.
+
+    Args:
+        checkpoint: What was read.
+        system: What the flow is to be used for.
+        gaussian: Fits a reference, where the checkpoint has none for this size and state.
+
+    Raises:
+        InputError: If the architecture is unknown, or does not suit the system.
+    """
     own = ("n_atoms", system.n_atoms), *((key, value) for key, value in _state(system).items())
     stored = reference(checkpoint) if all(_same(checkpoint.system[key], value) for key, value in own) else None
     try:
@@ -438,7 +455,11 @@ def reference(checkpoint: Checkpoint, group: str = _REFERENCE) -> Gaussian | Non
 
 
 def parameters(checkpoint: Checkpoint, flow: Flow, system: System) -> Params:
-    """The parameters to use a flow with, on the default device and in the precision they were trained in."""
+    """The parameters to use a flow with, on the default device and in the precision they were trained in.
+
+    Raises:
+        InputError: If they do not fit the flow.
+    """
     with double_precision():
         small = parameters_only(checkpoint).arrays
         one = next((array for name, array in small.items() if name.startswith(_PARAMETERS)), np.zeros(0, "float32"))

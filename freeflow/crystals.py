@@ -17,7 +17,6 @@ from freeflow.cells import CELL_MOTIONS, LARGEST_STRETCH, CellMotion, deformatio
 from freeflow.errors import InputError
 from freeflow.geometry import (
     LATTICES,
-    NeighbourTable,
     Translations,
     face_distances,
     is_orthorhombic,
@@ -31,10 +30,9 @@ from freeflow.potentials import (
     Potential,
     RelativeEnergy,
     SpeciesPairs,
-    bind,
-    check,
-    check_strained,
     on_crystal,
+    require_sound,
+    require_sound_strained,
 )
 from freeflow.symmetries import crystal_operations, primitive_cell
 from freeflow.types import Crystal, Ensemble, Plan, Published, System, ThermodynamicState, double_precision
@@ -234,7 +232,7 @@ def crystal_system(
         )
     beta = 1.0 / (units.boltzmann * temperature)
     if isinstance(potential, External):
-        check(potential, crystal, 1.0 / beta)
+        require_sound(potential, crystal, 1.0 / beta)
     energy = on_crystal(potential, crystal, nearest_image_only)
     energy_of_lattice = energy.lattice_energy()
     if not math.isfinite(energy_of_lattice):
@@ -252,7 +250,7 @@ def crystal_system(
     else:
         motion = _motion(cell_motion, crystal, nearest_image_only)
         if isinstance(potential, External):
-            check_strained(potential, crystal, 1.0 / beta, motion.basis)
+            require_sound_strained(potential, crystal, 1.0 / beta, motion.basis)
         # Every pair of the ensemble, which ends at half the spacing and at the largest stretch.
         deformed = energy.deformed(math.exp(LARGEST_STRETCH), spacing, "float64")
         target = isobaric_ensemble(deformed, n, crystal.volume, motion, reach=0.5 * spacing)
@@ -373,28 +371,6 @@ def strained_system(system: System, strain: Float[np.ndarray, "3 3"]) -> System:
         pressure=float(system.state.pressure),
         cell_motion=system.cell_motion,
     )
-
-
-def target_ensemble(
-    potential: Potential,
-    table: NeighbourTable,
-    dtype: str = "float64",
-    reach: float | None = None,
-    at_rest: np.ndarray | None = None,
-) -> Ensemble:
-    """exp(-beta (U - U(lattice))) of displacements.
-
-    Args:
-        potential: The potential energy.
-        table: Neighbours that the kernel sees.
-        dtype: Precision of the kernel.
-        reach: If given, the ensemble ends where an atom is further than this from its site
-            [length]. Half the nearest-neighbour distance bounds the labelled crystal: an atom that
-            far has left its site. A table that holds all pairs up to the cutoff plus twice the
-            reach misses no pair inside.
-        at_rest: Energies of the atoms in the perfect lattice (n_atoms,) [energy], if they are known already.
-    """
-    return crystal_ensemble(bind(potential, table, dtype, at_rest), reach)
 
 
 def crystal_ensemble(energy: RelativeEnergy, reach: float | None = None) -> Ensemble:

@@ -56,7 +56,14 @@ class Document:
 
 
 def print_lines(console: Console, title: str, lines: Iterable[str], style: str = "yellow") -> None:
-    """A title and indented lines below it; nothing where there are none."""
+    """A title and indented lines below it; nothing where there are none.
+
+    Args:
+        console: Where to print.
+        title: Of the lines.
+        lines: One sentence each.
+        style: Of the lines, a word of rich.
+    """
     lines = list(lines)
     if lines:
         console.print()

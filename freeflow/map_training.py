@@ -57,34 +57,6 @@ class Parts(NamedTuple):
         return len(self.train), len(self.stop), len(self.estimate)
 
 
-def cut_by_time(frames: Frames, train: float = 0.4, stop: float = 0.1) -> Parts:
-    """The first frames to train on, the next to stop on, and the rest to estimate from.
-
-    Blocks of time and not a random choice: neighbouring frames are correlated, and must not fall on both sides.
-
-    Args:
-        frames: In the order in which they were sampled.
-        train: Share to train on.
-        stop: Share to stop on.
-
-    Raises:
-        InputError: If the shares leave nothing to estimate from, or a part would be empty.
-    """
-    if not (train > 0 and stop > 0 and train + stop < 1):
-        raise InputError(
-            f"map training: shares {train:g} to train and {stop:g} to stop on must be positive and leave frames to "
-            "estimate from"
-        )
-    first, second = round(train * len(frames)), round((train + stop) * len(frames))
-    parts = Parts(frames[:first], frames[first:second], frames[second:])
-    if min(parts.counts) < 2:
-        raise InputError(
-            f"map training: {len(frames)} frames give parts of {parts.counts} to train, stop and estimate; at least "
-            "two are needed in each"
-        )
-    return parts
-
-
 def folds(frames: Frames, n_folds: int, n_chains: int = 1, stop: float = 0.2) -> tuple[Parts, ...]:
     """Every block of frames to estimate from once, with all the other frames to train and to stop on.
 
@@ -148,6 +120,16 @@ def work_of_frames(
     """Forward work of frames of A and reverse work of frames of B [kT], in float64; to be called in double precision.
 
     Either may be none, of shape (0, n_atoms, 3). Frames of infinite energy after the map have infinite work.
+
+    Args:
+        bijector: Carries A to B.
+        params: Its parameters.
+        a: The one state.
+        b: The other.
+        frames_a: Samples of A [length].
+        frames_b: Samples of B.
+        state: Where in the phase diagram.
+        batch: Frames that are carried together.
     """
     params = _cast(params, "float64")
 
@@ -260,6 +242,12 @@ def fit_map(solution: Solution, frames_a: Parts, frames_b: Parts | None, shape: 
 
     The penalty on large parameters is the one by which the frames to stop on, which the fit does not see, are left
     with least. The parts to estimate from are never read.
+
+    Args:
+        solution: The two states.
+        frames_a: Of A: to train on, to stop on, to estimate from.
+        frames_b: The same of B; None to learn from A alone.
+        shape: Of the field.
     """
     begun = time.monotonic()
     states = [(0.0, frames_a)] if frames_b is None else [(0.0, frames_a), (1.0, frames_b)]

@@ -193,7 +193,17 @@ def from_frames(plan: Plan) -> bool:
 
 
 def learned_flow(system: System, plan: Plan, report: Report, frames: Equilibrium | None = None) -> LearnedFlow | None:
-    """The plan's flow, from its checkpoint or trained here and now, from `frames` where its loss needs them."""
+    """The plan's flow, from its checkpoint or trained here and now, from `frames` where its loss needs them.
+
+    Args:
+        system: What it is for.
+        plan: Names the flow; without one there is none.
+        report: Told what is going on.
+        frames: Samples of the target to learn from.
+
+    Raises:
+        InputError: If the checkpoint does not suit the system, or the flow cannot be built, or is one for a range.
+    """
     if plan.flow is None:
         return None
     spent = {"reference": 0}
@@ -268,6 +278,9 @@ def prepared(system: System, plan: Plan, learned: LearnedFlow | None = None, bat
         plan: What they are for.
         learned: A flow that the target is seen through.
         batch: Samples that move together; as many as are good, and fit into the memory, by default.
+
+    Raises:
+        InputError: If forces near the lattice are not finite, or all zero, or the reference of the plan does not exist.
     """
     crystal, energy, beta = system.crystal, energy_of(system), float(system.state.beta)
     motion = None if system.cell_motion is None else CELL_MOTIONS[system.cell_motion]

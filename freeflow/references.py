@@ -415,7 +415,20 @@ def converged(
     max_iterations: int = 12,
     progress: Callable[[int, float], None] = lambda *_: None,
 ) -> Fit:
-    """Iterate to the Gaussian that minimises KL(q || target); see `fit_self_consistent`."""
+    """Iterate to the Gaussian that minimises KL(q || target); see `fit_self_consistent`.
+
+    Args:
+        recipe: The functions of the Gaussian.
+        step: Makes the next Gaussian from the averages of one iteration.
+        evaluate: Reduced potentials of white samples [kT], and their gradients.
+        seed: Of the random numbers.
+        n_samples: Per iteration, antithetic ones counted.
+        max_iterations: After which it ends in any case.
+        progress: Told the number of every iteration and its KL bound [kT per atom].
+
+    Raises:
+        InputError: If energies or forces near the lattice are not finite.
+    """
     rng, n_atoms = np.random.default_rng(seed), recipe.crystal.n_atoms
     bounds: list[float] = []
     best: tuple[float, Any] | None = None

@@ -400,6 +400,9 @@ def format_with_error(value: float, error: float) -> str:
 
     One digit of the error is kept, two where it starts with 1 or 2. Errors above 1 keep their
     decimal point, as in 33.6(1.2). An error that is not known is written (?).
+
+    Raises:
+        ValueError: If the error is negative.
     """
     value, error = float(value), float(error)
     if error < 0:

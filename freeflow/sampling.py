@@ -33,7 +33,7 @@ from freeflow.pipeline import settled
 from freeflow.preparation import Clock, Progress, Report, Run, learned_flow, tune, with_reference
 from freeflow.references import Gaussian
 from freeflow.result import provenance
-from freeflow.trajectories import check_writable, energies, rows_of, write
+from freeflow.trajectories import energies, require_writable, rows_of, write
 from freeflow.types import Plan, System, double_precision
 from freeflow.work import Crowd, completed, systematic_resample
 
@@ -146,7 +146,7 @@ _METHODS: Mapping[str, str] = {
 
 def sample(
     system: System | str | Path | dict[str, Any],
-    n: int,
+    n_samples: int,
     output: str | Path | None = None,
     plan: Plan | None = None,
     progress: Report | None = None,
@@ -160,7 +160,7 @@ def sample(
 
     Args:
         system: A system, or what `freeflow.load` makes one from.
-        n: How many.
+        n_samples: How many.
         output: Trajectory to write, in any format that `freeflow.trajectories.write` knows; a table of energies (and
             weights) goes beside it, with the ending .csv.
         plan: Reference, flow, bridge, seed; the system's own plan by default.
@@ -175,16 +175,16 @@ def sample(
         KeyboardInterrupt: If interrupted before any sample was complete.
     """
     system, plan = settled(system, plan, {"estimator": "fep", "trajectory": None, **changes})
-    if n < 1:
-        raise InputError(f"n: at least one sample is needed, got {n}")
+    if n_samples < 1:
+        raise InputError(f"n_samples: at least one is needed, got {n_samples}")
     if method not in _METHODS:
         raise InputError(f"method: no method {method!r}; use one of {', '.join(_METHODS)}")
-    if 12.0 * n * system.n_atoms > _MAX_BYTES:
+    if 12.0 * n_samples * system.n_atoms > _MAX_BYTES:
         raise InputError(
-            f"n: {n} samples of {system.n_atoms} atoms do not fit in memory; draw fewer, with several seeds"
+            f"n_samples: {n_samples} of {system.n_atoms} atoms do not fit in memory; draw fewer, with several seeds"
         )
     if output is not None:
-        check_writable(output, system)
+        require_writable(output, system)
     report, clock = progress or (lambda _: None), Clock()
     with double_precision():
         flow = learned_flow(system, plan, report)
@@ -192,9 +192,9 @@ def sample(
             system = run.system  # a cell that moves may have been given another reference
             clock.lap("reference")
             if method == "mcmc":
-                drawn = _monte_carlo(run, fit.gaussian, n, report)
+                drawn = _monte_carlo(run, fit.gaussian, n_samples, report)
             else:
-                drawn = _from_model(run, fit.gaussian, n, report, resample=method == "resampled")
+                drawn = _from_model(run, fit.gaussian, n_samples, report, resample=method == "resampled")
             evaluations = sum(run.sampler.energy_evaluations.values())
     clock.lap("sampling")
     u, strains = _parts(drawn.configurations)

@@ -68,13 +68,6 @@ class StoppingRule:
         need = self._need(work, estimator) if n >= 2 else math.nan
         return max(n, self.min_samples, math.ceil(need) if math.isfinite(need) else 0)
 
-    def out_of_reach(self, work: Work | np.ndarray, estimator: Estimator = fep) -> bool:
-        """Whether the samples seen, `min_samples` at least, say that `max_samples` will not do."""
-        work = _as_work(work)
-        if len(work.forward) < self.min_samples:
-            return False
-        return self._need(work, estimator) > self.max_samples
-
     def _need(self, work: Work, estimator: Estimator) -> float:
         """Planned number of samples; NaN if the error bar is not estimable."""
         n = len(work.forward)

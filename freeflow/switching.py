@@ -202,7 +202,14 @@ def even_course(n_stages: int, step: float) -> Course:
 
 
 def escorted_course(carry: Carry, n_legs: int, step: float, relaxation: int = RELAXATION) -> Course:
-    """Legs of equal length over which a map carries the atoms, with Langevin steps between them."""
+    """Legs of equal length over which a map carries the atoms, with Langevin steps between them.
+
+    Args:
+        carry: Carries a batch over a leg.
+        n_legs: How many.
+        step: Of time, of the Langevin steps.
+        relaxation: Langevin steps after every leg.
+    """
     return Course(np.concatenate([[0.0], np.repeat(np.arange(1, n_legs) / n_legs, relaxation)]), step, carry)
 
 
@@ -644,6 +651,15 @@ def packed(solution: Solution, radius: float, n: int, rng: np.random.Generator) 
     """Random choices of sites of an fcc lattice in the box that lie outside a solute [length].
 
     The lattice is the widest one that has sites enough.
+
+    Args:
+        solution: Box and number of solvent atoms.
+        radius: Of the solute [length].
+        n: How many choices.
+        rng: Makes them.
+
+    Raises:
+        InputError: If there is no room.
     """
     basis = LATTICES["fcc"].basis
     for cells in range(1, 5 * math.ceil(solution.n_solvent ** (1 / 3)) + 5):

@@ -199,7 +199,14 @@ def over_states(families: Sequence[Family], loss: Callable[[Flow], LossFn]) -> L
 
 
 def works_of(family: Family, params: Params, seed: int, n_samples: int = 256) -> Float[np.ndarray, "n_states n"]:
-    """Forward work of fresh samples in every state of a family [kT], in float64."""
+    """Forward work of fresh samples in every state of a family [kT], in float64.
+
+    Args:
+        family: The states of one flow.
+        params: Its parameters.
+        seed: Of the random numbers.
+        n_samples: In every state.
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _STREAM + 1), n_samples)
 
     @jax.jit
@@ -394,7 +401,14 @@ class Baseline(NamedTuple):
 
 
 def baseline(flow: Flow, constants: Mapping[str, float], n_atoms: int, state: ThermodynamicState) -> Baseline:
-    """The constant that the mean forward work is added to for an upper bound of beta F [kT]."""
+    """The constant that the mean forward work is added to for an upper bound of beta F [kT].
+
+    Args:
+        flow: Whose reference the work starts from.
+        constants: Contributions outside the integral, as in `System` [kT].
+        n_atoms: Of the crystal.
+        state: Where in the phase diagram.
+    """
     log_partition = float(flow.reference.log_partition(state))
     return Baseline(math.fsum(constants.values()) - log_partition - flow.log_measure, n_atoms)
 
@@ -488,6 +502,13 @@ def begin(
 
     The horizon is `plan.max_steps`, or the steps that fit, by a measured time of one step, before
     `budget_ends`, of `time.monotonic()`; the fewer where there are both, 2000 where there is neither.
+
+    Args:
+        trainer: Makes the steps.
+        compiled: The same, compiled.
+        plan: How long.
+        base: Leads from work to the free energy.
+        budget_ends: When training must be over, by `time.monotonic()`.
     """
     state = jax.block_until_ready(jax.jit(trainer.init)())
     begun = time.monotonic()
@@ -608,6 +629,14 @@ def train_flow(
     frames: Frames = None,
 ) -> Session:
     """Train from the beginning to the end of the schedule, in memory; to be called in double precision.
+
+    Args:
+        flow: What to train.
+        system: What it is for.
+        plan: How.
+        seed: Of the random numbers.
+        watch: Told of every evaluation.
+        frames: Samples of the target, for losses that need them.
 
     Raises:
         KeyboardInterrupt: If interrupted: half a training is of no use to the estimate that waits for it.

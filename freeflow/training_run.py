@@ -153,6 +153,7 @@ def train(
     resume: bool = False,
     given: Mapping[str, Any] | None = None,
     command: str = "",
+    **changes: Any,
 ) -> TrainingResult:
     """Train a flow for a crystal, in a folder that holds the checkpoint and the record of evaluations.
 
@@ -168,6 +169,8 @@ def train(
         given: When resuming, settings that the caller insists on, by the names of `TrainingPlan`, and
             `seed` and `architecture`: they must be the run's own, but for `max_minutes` and `max_steps`.
         command: What to note as the command that did it.
+        **changes: Values of the plan to replace, such as
+            `flow={"architecture": "residual", "training": {"max_steps": 500}}`.
 
     Raises:
         InputError: If the system, the folder, the plan or the checkpoint cannot be used, or if another run is at work
@@ -177,7 +180,9 @@ def train(
     begun = time.monotonic()
     system = system if isinstance(system, System) else config.load_crystal(system)
     system.require_fixed_cell("flows are for")
-    plan, folder, report = plan or system.plan, Path(run_dir), progress or (lambda _: None)
+    plan = plan or system.plan
+    plan = config.revise(plan, **changes) if changes else plan
+    folder, report = Path(run_dir), progress or (lambda _: None)
     given = dict(given or {})
     if resume and not folder.is_dir():
         raise InputError(f"{folder / FILE_NAME}: no checkpoint there")

@@ -294,7 +294,6 @@ class System:
     thermal_wavelength: float  # geometric mean over the atoms [length]
     nearest_image_only: bool = False
     cell_motion: str | None = None  # isotropic | orthorhombic | triclinic; None for a fixed cell
-    symmetries: tuple[Symmetry, ...] = ()
     plan: Plan = field(default_factory=Plan)
     published: Published | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  # everything resolved, for provenance

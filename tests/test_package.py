@@ -1,5 +1,6 @@
 """The package as a whole: its names, its version, and what importing it does not do."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -62,3 +63,52 @@ def test_version_is_the_same_everywhere():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == declared
     assert freeflow.__version__ == declared
+
+
+# ------------------------------------------------------------------------------ docstrings
+
+SOURCES = sorted((ROOT / "freeflow").rglob("*.py"))
+
+
+def public_functions(tree):
+    """Functions of a module and methods of its classes that others may call; not those inside functions."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from ((f, False) for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node, True
+
+
+def raised(function):
+    """Names of the errors that the function itself raises for its callers."""
+    found, nodes = set(), list(function.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            found.add(ast.unparse(node.exc.func))
+        nodes += ast.iter_child_nodes(node)
+    return {name for name in found if name.endswith("Error")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_are_complete(path):
+    """The first line is a sentence, errors are named, and four arguments or more are explained.
+
+    Commands explain themselves by their options.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for function, of_module in public_functions(tree):
+        if any("command" in ast.unparse(decorator) for decorator in function.decorator_list):
+            continue
+        text = ast.get_docstring(function)
+        where = f"{path.name}:{function.lineno} {function.name}"
+        if text is None:  # the linter says where that may be
+            continue
+        assert text.split("\n\n")[0].rstrip()[-1] in ".:", where
+        if function.name != "unavailable":  # it stands for functions that raise
+            errors = text[text.find("Raises:") :] if "Raises:" in text else ""
+            assert all(name in errors or "errors as in" in text for name in raised(function)), where
+        if of_module and len(function.args.args + function.args.kwonlyargs) >= 4:
+            assert "Args:" in text or "arguments" in text.lower(), where

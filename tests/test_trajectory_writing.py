@@ -19,7 +19,7 @@ from freeflow.crystals import crystal_system, lattice_crystal, structure_crystal
 from freeflow.errors import FreeflowError, InputError
 from freeflow.geometry import face_distances
 from freeflow.potentials import lennard_jones
-from freeflow.trajectories import check_writable, compare_energies, energies, read, to_displacements, write
+from freeflow.trajectories import compare_energies, energies, read, require_writable, to_displacements, write
 from freeflow.units import UNIT_STYLES
 
 ASE_FORMATS = ["extxyz", "xyz", "extxyz.gz", "xyz.gz", "traj"]
@@ -279,7 +279,7 @@ def test_impossible_targets(name, message, lj, tmp_path):
     (tmp_path / "folder.dcd").mkdir()
     (tmp_path / "b.topology.pdb").mkdir()
     os.mkfifo(tmp_path / "pipe.xyz")
-    for call in (check_writable, lambda *a: write(*a, displacements(lj))):
+    for call in (require_writable, lambda *a: write(*a, displacements(lj))):
         with pytest.raises(InputError, match=message) as error:
             call(tmp_path / name, lj)
         assert "\n" not in str(error.value)
@@ -290,7 +290,7 @@ def test_impossible_targets(name, message, lj, tmp_path):
 def test_a_directory_without_permission(lj, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(InputError, match="no permission"):
-        check_writable(tmp_path / "closed" / "a.xtc", lj)
+        require_writable(tmp_path / "closed" / "a.xtc", lj)
 
 
 def test_elements_and_coordinates_that_a_format_cannot_hold(tmp_path):
@@ -302,10 +302,10 @@ def test_elements_and_coordinates_that_a_format_cannot_hold(tmp_path):
     heavy, wide = crystal("Og", 4.0), crystal("Ar", 6000.0)
     for kind in ("pdb", "h5", "dcd"):
         with pytest.raises(InputError, match=r"knows no element Og; write \.extxyz or \.traj"):
-            check_writable(tmp_path / f"b.{kind}", heavy)
+            require_writable(tmp_path / f"b.{kind}", heavy)
     for kind in ("pdb", "dcd", "lammpstrj"):
         with pytest.raises(InputError, match="cannot hold coordinates outside -999 to 9999"):
-            check_writable(tmp_path / f"b.{kind}", wide)
+            require_writable(tmp_path / f"b.{kind}", wide)
     for kind in ("traj", "extxyz"):
         for system in (heavy, wide):
             u = displacements(system)
@@ -336,4 +336,4 @@ def test_many_frames_of_pdb(lj, tmp_path):
 
 
 def test_the_public_names():
-    assert {"write", "check_writable"} <= set(trajectories.__all__)
+    assert {"write", "require_writable"} <= set(trajectories.__all__)

@@ -121,6 +121,15 @@ def augmented_coupling(
 
     All three coordinates of an atom move at once (Huang et al., arXiv:2002.07101). Both halves use the
     network with parameters of their own; the parameters are a pair.
+
+    Args:
+        network: From (n, 3) to (n, 3 * n_parameters); both halves use it.
+        elementwise: Map of the numbers that move.
+        leaf: Name of the configuration's leaf.
+        auxiliary: Name of its auxiliary copy.
+
+    Raises:
+        ValueError: If the names are the same.
     """
     return chain(
         leaf_coupling(network, elementwise, moving=leaf, frozen=auxiliary),

@@ -61,7 +61,14 @@ def inverse_rational_quadratic(
     heights: Float[Array, "*n k"],
     slopes: Float[Array, "*n k+1"],
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Inverse of `rational_quadratic`, and the logarithm of its own derivative."""
+    """Inverse of `rational_quadratic`, and the logarithm of its own derivative.
+
+    Args:
+        y: Numbers in [0, 1].
+        widths: As in `rational_quadratic`.
+        heights: Likewise.
+        slopes: Likewise.
+    """
     return _descend(y, _bin_of(y, heights, widths, heights, slopes))
 
 

@@ -173,6 +173,9 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[str, Path, SystemSecti
 
     Returns:
         What to call the source in messages, the folder that relative paths start at, the content.
+
+    Raises:
+        InputError: If it cannot be read, or anything is wrong with it; one line that says where.
     """
     if isinstance(source, Mapping):
         return "system", Path(), _checked(source, "system", {})

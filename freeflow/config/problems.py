@@ -36,6 +36,13 @@ class _Problem(NamedTuple):
 def validate(model: Any, data: Any, label: str, lines: Mapping[KeyPath, int], prefix: tuple[str, ...] = ()) -> Any:
     """The data as the model has it.
 
+    Args:
+        model: The section's class.
+        data: What the file says.
+        label: What to call the file in messages; may be empty.
+        lines: Line of every key, where they are known.
+        prefix: Keys that lead to the section.
+
     Raises:
         InputError: One line about the first problem, with its line, and how many more there are.
     """

@@ -67,7 +67,11 @@ class Dumper(yaml.SafeDumper):
 
 
 def parse(text: str, label: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Plain values, and the line of every key."""
+    """Plain values, and the line of every key.
+
+    Raises:
+        InputError: If it is empty, no valid YAML, or no mapping.
+    """
     lines: dict[KeyPath, int] = {}
     try:
         loader = _Loader(text)

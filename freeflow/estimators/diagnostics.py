@@ -259,6 +259,12 @@ def diagnose(
 
     The weights are exp(-w) for "fep", and for "bar" the Fermi functions on the side that is worse off.
 
+    Args:
+        work: Forward and reverse work [kT].
+        estimator_name: A key of `ESTIMATORS`.
+        inefficiency: Statistical inefficiencies of the forward and of the reverse work.
+        seed: Of the bootstrap.
+
     Raises:
         InputError: If the estimator is unknown, or a direction that it needs has zero samples.
         PrecisionError: If the work is not float64.

@@ -365,6 +365,13 @@ def journey(
     """Displacements (3, n, batch) over a span of the way, and log dets (batch,): Runge and Kutta's fourth order.
 
     A log det is NaN where atoms move so far in one step that a list of partners might have missed one.
+
+    Args:
+        params: Of the field.
+        x: Where the atoms are, relative to the solute [length].
+        shape: Of the field.
+        span: How much of the way, negative for the way back.
+        steps: Of the integrator.
     """
     h = jnp.asarray(span / steps, x.dtype)
     ahead, shares = jnp.asarray([0.0, 0.5, 0.5, 1.0], x.dtype), jnp.asarray([1.0, 2.0, 2.0, 1.0], x.dtype) / 6

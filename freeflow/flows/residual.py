@@ -216,6 +216,14 @@ def colour_flow(
     """`n_sweeps` times through all colours, on displacements (n_atoms, 3); translation-equivariant.
 
     Parameters are stacked over the layers, which compile as one.
+
+    Args:
+        layers: What every layer moves and sees.
+        n_sweeps: How often all colours are gone through.
+        width: Units of each hidden layer of the networks.
+        depth: Number of hidden layers.
+        scale: Unit of displacements [length].
+        place: What a conditional flow is told of the state.
     """
     n_layers = n_sweeps * len(layers.atoms)
     every = Layer(*(np.concatenate([leaf] * n_sweeps) for leaf in layers))

@@ -10,7 +10,13 @@ from freeflow.potentials.core import (
 )
 from freeflow.potentials.curvature import force_constants
 from freeflow.potentials.deformed import deformed_energy
-from freeflow.potentials.external import External, ase_potential, check, check_strained, python_potential
+from freeflow.potentials.external import (
+    External,
+    ase_potential,
+    python_potential,
+    require_sound,
+    require_sound_strained,
+)
 from freeflow.potentials.pair import lennard_jones, wca
 from freeflow.potentials.species import SpeciesPairs, born_mayer
 from freeflow.potentials.three_body import stillinger_weber
@@ -25,8 +31,6 @@ __all__ = [
     "atomic_energies_at_rest",
     "bind",
     "born_mayer",
-    "check",
-    "check_strained",
     "deformed_energy",
     "energy_and_gradient",
     "force_constants",
@@ -36,6 +40,8 @@ __all__ = [
     "map_pairs",
     "on_crystal",
     "python_potential",
+    "require_sound",
+    "require_sound_strained",
     "stillinger_weber",
     "wca",
 ]

@@ -1,7 +1,7 @@
 """Energies that are not ours: any JAX function of positions and cell, any ASE calculator.
 
 Neither is known to have a cutoff, so displacements are evaluated as positions in the whole cell, in float64, and the
-energy of the lattice is taken off. Both are looked at before they are used (`check`).
+energy of the lattice is taken off. Both are looked at before they are used (`require_sound`).
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def force_constants_of(potential: External, crystal: Crystal, atoms: np.ndarray)
 # ------------------------------------------------------------------------------ looking at it
 
 
-def check(potential: External, crystal: Crystal, kt: float) -> None:
+def require_sound(potential: External, crystal: Crystal, kt: float) -> None:
     """Whether an external energy can be a crystal's, at the lattice and at displaced configurations.
 
     It must be finite with finite forces, change by nothing when all atoms move together, when an atom moves by a
@@ -364,10 +364,10 @@ def check(potential: External, crystal: Crystal, kt: float) -> None:
         )
 
 
-_STRAIN, _STRAINED = 1e-4, 0.02  # for differences of energies; where `check_strained` looks
+_STRAIN, _STRAINED = 1e-4, 0.02  # for differences of energies; where `require_sound_strained` looks
 
 
-def check_strained(potential: External, crystal: Crystal, kt: float, basis: Float[np.ndarray, "n 3 3"]) -> None:
+def require_sound_strained(potential: External, crystal: Crystal, kt: float, basis: Float[np.ndarray, "n 3 3"]) -> None:
     """Whether an external energy is a crystal's as the cell is strained. Four evaluations.
 
     It must be periodic in the strained cell, and its virial must be its slope.

@@ -10,7 +10,7 @@ from freeflow.trajectories.equilibrium import Equilibrium, equilibrium
 from freeflow.trajectories.files import Box, Frames, read, topology
 from freeflow.trajectories.recomputed import EnergyComparison, compare_energies, energies, energy_precision, rows_of
 from freeflow.trajectories.series import FrameSeries, frame_series
-from freeflow.trajectories.writing import check_writable, write
+from freeflow.trajectories.writing import require_writable, write
 
 __all__ = [
     "Aligned",
@@ -19,13 +19,13 @@ __all__ = [
     "Equilibrium",
     "FrameSeries",
     "Frames",
-    "check_writable",
     "compare_energies",
     "energies",
     "energy_precision",
     "equilibrium",
     "frame_series",
     "read",
+    "require_writable",
     "rows_of",
     "to_displacements",
     "topology",

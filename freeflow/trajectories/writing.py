@@ -84,7 +84,7 @@ def write(
         The files written, the trajectory first.
 
     Raises:
-        InputError: As `check_writable`, and if the arrays do not fit the system or hold no finite numbers.
+        InputError: As `require_writable`, and if the arrays do not fit the system or hold no finite numbers.
         FreeflowError: If writing fails.
     """
     path = Path(path)
@@ -124,7 +124,7 @@ def write(
     return [target for target, _, _ in parts]
 
 
-def check_writable(path: str | Path, system: System) -> None:
+def require_writable(path: str | Path, system: System) -> None:
     """Find out before the work, not after it, whether `write` can write the system's frames there.
 
     Raises:
