@@ -1,6 +1,7 @@
 """Run the benchmark suite and write a table and a JSON file.
 
     python -m benchmarks [MEASURE ...] [--quick] [--table OUT.md] [--json OUT.json]
+    python -m benchmarks calibration ...    # whether error bars hold: benchmarks/calibration.py, --help
 
 Every measure runs in a process of its own, one after the other: pymbar turns JAX's 64-bit mode on for the whole
 process, and flags for the compiler count only before JAX starts. Each figure is a ratio of two numbers from one
@@ -63,6 +64,11 @@ def measured(name: str, quick: bool) -> list[Figure]:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["calibration"]:
+        from benchmarks import calibration
+
+        prefer_fast_code()
+        return calibration.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(MEASURES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="shorter timings, looser errors, scaled")

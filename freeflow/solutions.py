@@ -216,6 +216,7 @@ class Solution:
     n_solvent: int
     box_length: float  # [length]
     solvent: Potential
+    diameter: float  # sigma of the solvent's atoms [length]
     solute: Solute
     radii: tuple[float, float]  # of the solute in A and B [length]
     units: UnitStyle
@@ -375,6 +376,7 @@ def solution(
         n_solvent=n_solvent,
         box_length=float(box_length),
         solvent=lennard_jones(epsilon, diameter, ends, shift),
+        diameter=float(diameter),
         solute=kind,
         radii=(float(sigma[0]), float(sigma[1])),
         units=units,

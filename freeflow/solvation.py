@@ -39,7 +39,7 @@ _BATCHES = 4  # of chains, in each state
 _FRAMES, _FRAMES_TO_FIT = 4096, 2048  # of each state, for methods that work on frames, and to fit an escort to
 _STATES, _ROUNDS_OF_STATES = 9, 16  # for MBAR, and samples of every chain in each
 _TRIAL_STAGES, _HASTE = 256, 4  # of the first trial, and by how much a journey may have more stages than its trial
-_LARGEST_STEP = 0.03  # of journeys, in radii of the larger solute
+_LARGEST_STEP = 0.03, 0.02  # of journeys: in radii of the larger solute, and in diameters of the solvent
 _LEGS, _ESCORTED_VARIANCE = (4, 64), 2.0  # of escorted journeys: fewest and most, and of their work [kT^2]
 _FEWEST_ROUNDS = 4  # of journeys from every chain; fewer tell nothing of their correlation
 
@@ -318,9 +318,18 @@ def _how(facts: Mapping[str, Any], two_sided: bool) -> str:
 
 
 def _step(job: _Job) -> float:
-    """Time step of journeys: where atoms are few, moves are accepted whatever it is, but a growing solute must be met
-    softly."""
-    return min(*(some.step for some, _ in job.chains()), _LARGEST_STEP * max(job.problem.radii))
+    """Time step of journeys."""
+    return min(_largest_step(job.problem), *(some.step for some, _ in job.chains()))
+
+
+def _largest_step(solution: Solution) -> float:
+    """Up to which time step a journey, which rejects nothing, meets other atoms softly enough.
+
+    Where atoms are few, moves are accepted at larger ones; but a growing solute is in the way, and with steps of 0.03
+    diameters some journeys of six atoms flew apart, whose work on the way a trial took for friction.
+    """
+    to_solute, to_solvent = _LARGEST_STEP
+    return min(to_solute * max(solution.radii), to_solvent * solution.diameter)
 
 
 def _bridge(job: _Job) -> Answer:

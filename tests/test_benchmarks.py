@@ -1,11 +1,14 @@
 """The suite's table and the conventional baseline that it compares with."""
 
+import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from benchmarks import calibration
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,3 +89,79 @@ def test_frenkel_ladd_refuses_nearest_images(frenkel_ladd, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["frenkel_ladd.py", "mw_cubic_8"])
     assert frenkel_ladd.main() == 2
     assert "nearest images" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ calibration
+
+
+def replicas(z, error=1.0, reliable=True):
+    known = {"reached": True, "n_samples": 10, "evaluations": 100, "cpu_seconds": 0.5, "reliable": reliable}
+    return [{"seed": k, "value": 5.0 + error * x, "std_error": error, **known} for k, x in enumerate(z)]
+
+
+def test_figures_of_replicas():
+    some = [*replicas([0.5, -0.5, 1.5, -2.5]), *replicas([9.0], reliable=False)]
+    found = calibration.figures_of("fep", some, calibration.Known(5.0, 0.0, ""))
+    assert (found["replicas"], found["unreliable"]) == (5, 1)
+    assert (found["within_1"], found["within_2"]) == (0.5, 0.75)
+    assert (found["all_within_1"], found["all_within_2"]) == (0.4, 0.6)
+    assert found["mean_z"] == pytest.approx(-0.25)
+    assert found["rms_z"] == pytest.approx(1.5)
+    assert found["mean_z_std_error"] == pytest.approx(1.5 / 2)
+
+
+def test_the_known_value_has_an_error_too():
+    some, known = replicas([1.0] * 100), calibration.Known(5.0, 0.75, "")
+    found = calibration.figures_of("fep", some, known)
+    assert found["mean_z"] == pytest.approx(1 / 1.25)
+    # Its error is that of all replicas alike, and does not average out.
+    assert found["mean_z_std_error"] == pytest.approx(math.hypot(0.08, 0.6))
+
+
+def test_undercoverage_is_told_from_chance():
+    rng = np.random.default_rng(0)
+    known = calibration.Known(5.0, 0.0, "")
+    for scale, wanted in ((1.0, False), (0.7, False), (1.5, True)):
+        found = calibration.figures_of("fep", replicas(scale * rng.standard_normal(400)), known)
+        assert calibration.undercovers(found) is wanted
+
+
+def test_a_line_cut_off_does_not_count_and_is_run_again(tmp_path):
+    file = tmp_path / "fep.jsonl"
+    for replica in replicas([0.0, 1.0, 2.0]):
+        calibration.note(file, {**replica, "seed": replica["seed"] + calibration.FIRST_SEED})
+    assert calibration._missing(file, 5) == [calibration.FIRST_SEED + 3, calibration.FIRST_SEED + 4]
+    file.write_text(file.read_text()[:-20])
+    assert calibration._missing(file, 3) == [calibration.FIRST_SEED + 2]
+    calibration.note(file, {"seed": calibration.FIRST_SEED + 2})
+    assert calibration._missing(file, 3) == []
+
+
+def test_pooled_values():
+    value, error, chi2 = calibration.pooled([(1.0, 0.1), (2.0, 0.2)])
+    assert value == pytest.approx(1.2) and error == pytest.approx(0.1 / math.sqrt(1.25))
+    assert chi2 == pytest.approx((0.2 / 0.1) ** 2 + (0.8 / 0.2) ** 2)
+
+
+def test_no_such_family(capsys):
+    assert calibration.main(["lbra"]) == 2
+    assert "lbra" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_figures_that_are_kept():
+    found = json.loads((calibration.RESULTS / "calibration.json").read_text())
+    page = (ROOT / "docs" / "calibration.md").read_text()
+    kept = page.split(calibration.BEGIN)[1].split(calibration.END)[0]
+    assert kept.strip() == calibration.tables(found).strip()
+    assert {figures["family"] for figures in found["families"]} == set(calibration.FAMILIES)
+    assert all(figures["replicas"] >= 100 for figures in found["families"])
+    assert not any(calibration.undercovers(figures) for figures in found["families"])
+
+
+def test_tables_go_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{calibration.BEGIN}\nold\n{calibration.END}\nafter\n")
+    calibration.put("new\n", page)
+    assert page.read_text() == f"before\n{calibration.BEGIN}\n\nnew\n\n{calibration.END}\nafter\n"
+    calibration.put("alone\n", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == "alone\n"

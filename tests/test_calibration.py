@@ -7,9 +7,7 @@ import pytest
 from scipy.stats import binom, chi2
 
 import freeflow as ff
-from freeflow import preparation
-from freeflow.potentials import binding
-from freeflow.work import BridgeSampler
+from benchmarks.calibration import compiled_once
 
 N_SLOW, N_FAST = 400, 12
 TARGET_ERROR = 0.004  # [kT per atom]
@@ -22,24 +20,7 @@ def estimates():
     What is compiled serves every seed, so the runs share it; all else is done afresh for each.
     """
     system = ff.load("mw_cubic_8")
-    compiled, constants = {}, {}
-
-    class Sharing(BridgeSampler):
-        def compile(self, name, like, device=None):
-            if name not in compiled:
-                compiled[name] = super().compile(name, like, device)
-                compiled[name].result()
-            return compiled[name]
-
-    def force_constants(potential, table, atoms, *rest, real=binding.force_constants):
-        key = (id(potential), table.partner.shape)
-        if key not in constants:
-            constants[key] = real(potential, table, atoms, *rest)
-        return constants[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "BridgeSampler", Sharing)
-        patch.setattr(binding, "force_constants", force_constants)
+    with compiled_once():
         exact = ff.estimate(system, target_error=2e-4, seed=10_000)
         assert exact.status == "converged"
 

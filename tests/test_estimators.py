@@ -170,6 +170,18 @@ def test_infinite_work_is_a_sample_of_weight_zero():
     assert bar(record([0.0, np.inf] * 50, [0.0] * 80)).delta_f == pytest.approx(np.log(2))
 
 
+@pytest.mark.parametrize("immense", [1e10, 1e88, 1e300])
+def test_immense_work_is_infinite_work(immense):
+    """A journey that flew apart: its work must not leave so much room for Bennett's constant that it is not found."""
+    rng = np.random.default_rng(0)
+    forward, reverse = rng.normal(0.5, 1.0, 600), rng.normal(0.5, 1.0, 500)
+    for lost in (forward, reverse):
+        lost[:3] = immense * np.array([1.0, 1e-3, 1e-6])
+        kept = [np.where(w > 1e3, np.inf, w) for w in (forward, reverse)]
+        for g in ((1.0, 1.0), (3.0, 1.0)):
+            np.testing.assert_allclose(bar(record(forward, reverse), g), bar(record(*kept), g), rtol=1e-9)
+
+
 def test_traced_and_padded_answers_agree():
     rng = np.random.default_rng(5)
     works = [gaussian_work(rng, 300, 200) for _ in range(3)]

@@ -232,3 +232,11 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     for job in (["compare", path, "x.dcd"], ["sample", path, "-n", "3", "-o", str(tmp_path / "x.dcd")]):
         assert cli.main(job) == 2
         assert "a solution; this works for crystals only" in capsys.readouterr().err
+
+
+def test_journeys_meet_atoms_softly():
+    """Six atoms accept moves of 0.03 diameters, but on a long way without rejections some would fly apart."""
+    for diameter, sigma, wanted in ((1.0, [0.5, 1.5], 0.02), (1.0, [0.0, 0.5], 0.015), (0.5, [0.5, 1.5], 0.01)):
+        solvent = {"count": 6, "potential": {"kind": "lennard_jones", "sigma": diameter}}
+        solution = {**SMALL["solution"], "solvent": solvent, "solute": {"kind": "wca", "sigma": sigma}}
+        assert solvation._largest_step(ff.load({**SMALL, "solution": solution})) == pytest.approx(wanted)

@@ -180,15 +180,21 @@ def _bar(forward: Any, reverse: Any, inefficiency: tuple[float, float]) -> Estim
 
 
 def _bracket(sides: Sequence[np.ndarray], log_ratio: float) -> tuple[float, float]:
-    """Where Bennett's constant must lie [kT].
+    """Where Bennett's constant must lie [kT]; bounds that the smallest work of each side sets.
 
-    Beyond the extreme works by ln(n_f + n_r) + |ln(n_f / n_r)| one side is sure to outweigh the other.
+    From C = -min w_R downwards the reverse mean is at least 1 / (2 n_R), since its largest term is at least 1/2, while
+    the forward mean is at most e^(C - min w_F); and the other way round. Largest works have no say: those of a journey
+    that flew apart, 1e80 kT and more, would leave too much room to find C in.
     """
-    n = sum(len(w) for w in sides)
-    finite = [w[np.isfinite(w)] for w in sides]
-    ends = [x for w, sign in zip(finite, (1.0, -1.0), strict=True) if len(w) for x in (sign * w.min(), sign * w.max())]
-    margin = math.log(n) + abs(log_ratio) + 1
-    return (min(ends) - margin, max(ends) + margin) if ends else (math.nan, math.nan)
+    least = [float(np.min(w[np.isfinite(w)], initial=math.inf)) for w in sides]
+    if not math.isfinite(min(least)):
+        return math.nan, math.nan
+    # A side without a finite work never outweighs the other, wherever C is.
+    forward, reverse = (x if math.isfinite(x) else -other for x, other in zip(least, least[::-1], strict=True))
+    n_f, n_r = (len(w) for w in sides)
+    low = min(forward - log_ratio - math.log(2 * n_r), -reverse)
+    high = max(-reverse - log_ratio + math.log(2 * n_f), forward)
+    return low - 1, high + 1
 
 
 def _bennett_constant(
