@@ -76,7 +76,7 @@ class Effort(NamedTuple):
 
 
 # Fewer stages leave the work of soft modes a tail, however little work they cost on average: with 32 the weights of
-# mw_cubic_8 had a skewness of 70, and error bars were too small; docs/calibration.md.
+# mw_cubic_8 had a skewness of 70, and error bars were too small.
 _CHEAP = Effort(256, 128, None, (96, 1_000), None, _MIN_SAMPLES_SMALL, 2**16, _MIN_SAMPLES, 128, 2**13)
 _DEAR = Effort(64, 32, None, (32, 300), 128, 2 * _MIN_SAMPLES, 2**16, _MIN_SAMPLES, 32, 2**13)
 # In a flow's latent space a stage costs a pass through the flow, and soft modes are the flow's business.
