@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-test estimate test slow lint types docs format build wheel-test bench clean
+.PHONY: help install install-test estimate test slow lint types docs format build wheel-check wheel-test bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -46,7 +46,16 @@ format: $(VENV)/.installed-test  ## mend style and format
 
 build: $(VENV)/.installed  ## build the sdist and the wheel into dist/
 	@$(PIP_INSTALL) build
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+
+wheel-check: build  ## run what the wheel holds, with the packages of .venv
+	place=$$(mktemp -d) && $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $$place dist/freeflow-*.whl && \
+	(cd $$place && export PYTHONPATH=$$place && python=$(CURDIR)/$(BIN)/python && $$python -m freeflow --version && \
+	 $$python -m freeflow estimate mw_cubic_8 --checkpoint shipped --target-error 0.01 --quiet && \
+	 $$python -c "import freeflow, pathlib; home = pathlib.Path(freeflow.__file__).parent; \
+	 assert home.parent == pathlib.Path('$$place') and (home / 'py.typed').is_file()") && \
+	rm -rf $$place
 
 wheel-test: build  ## install the wheel and the sdist into empty environments and run them
 	for package in dist/freeflow-*.whl dist/freeflow-*.tar.gz; do \

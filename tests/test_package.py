@@ -65,6 +65,12 @@ def test_version_is_the_same_everywhere():
     assert freeflow.__version__ == declared
 
 
+def test_citation_has_what_its_format_asks_for():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
+
+
 # ------------------------------------------------------------------------------ docstrings
 
 SOURCES = sorted((ROOT / "freeflow").rglob("*.py"))
