@@ -35,22 +35,20 @@ def kernels(quick: bool) -> list[Figure]:
     from benchmarks import kernels as script
     from freeflow import load
 
-    seconds, figures = (1.5 if quick else 6.0), []
+    script.one_core()
+    figures = []
     for name in script.SYSTEMS:
-        system = load(name)
+        found = script.rates(load(name), 128, 2.0 if quick else 6.0)
         floor = 1.5 if name.startswith("lj") else 1.8
-        lammps = script.lammps_rate(system, seconds)
-        for dtype in ("float32", "float64"):
-            rate = script.freeflow_rate(system, 128, seconds, dtype)
-            if lammps is None:
-                continue
-            single = dtype == "float32"
-            numbers = {"freeflow per CPU s": rate, "LAMMPS per CPU s": lammps}
-            wanted = (floor, 4.0) if single else (None, None)
-            figures.append(Figure("kernel, freeflow / LAMMPS", f"{name}, {dtype}", rate / lammps, *wanted, numbers))
-            if single and (jax_md := script.jax_md_rate(system, 128, seconds)):
-                numbers = {"freeflow per CPU s": rate, "jax-md per CPU s": jax_md}
-                figures.append(Figure("kernel, freeflow / jax-md", f"{name}, {dtype}", rate / jax_md, 20, 40, numbers))
+        for other, dtype, wanted in (
+            ("LAMMPS", "float32", (floor, 4.0)),
+            ("jax-md", "float32", (20, 40)),
+            ("LAMMPS", "float64", (None, None)),
+        ):
+            if other in found:
+                numbers = {"freeflow per CPU s": found[dtype], f"{other} per CPU s": found[other]}
+                ratio = found[dtype] / found[other]
+                figures.append(Figure(f"kernel, freeflow / {other}", f"{name}, {dtype}", ratio, *wanted, numbers))
     return figures
 
 
@@ -127,8 +125,10 @@ def precision(quick: bool) -> list[Figure]:
                     "evaluations to 1e-3, Frenkel-Ladd / freeflow", f"{name}, {way}", needed / spent, *wanted, numbers
                 )
             )
-        if name != "lj_fcc_256" or (lammps := script.lammps_rate(system, 1.5 if quick else 6.0)) is None:
+        if name != "lj_fcc_256" or not script.have_lammps():
             continue
+        with script.lammps_way(system) as once:
+            lammps = script.per_cpu_second({"LAMMPS": once}, 1.5 if quick else 6.0)["LAMMPS"]
         begin = time.process_time()
         found = ff.estimate(system, target_error=3e-4 if quick else 1e-4, max_samples=100_000)
         ours = (time.process_time() - begin) * (found.beta_f_per_atom_std_error / 1e-4) ** 2
