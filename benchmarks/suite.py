@@ -155,9 +155,23 @@ def _cpu_seconds(job: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def devices(quick: bool) -> list[Figure]:
+    """Strong scaling: sampling on one core over all, by the clock."""
+    from benchmarks import devices as script
+
+    rows = script.strong_scaling("mw_cubic_64", 1024 if quick else 4096, 100)
+    figures = []
+    for n, seconds, same in rows[1:]:
+        numbers = {"seconds on one": rows[0][1], f"seconds on {n}": seconds, "same work values": float(same)}
+        figures.append(Figure("strong scaling, one core / more", f"mw_cubic_64, {n} cores", rows[0][1] / seconds,
+                              None, None, numbers))  # fmt: skip
+    return figures
+
+
 MEASURES: dict[str, Callable[[bool], list[Figure]]] = {
     "kernels": kernels,
     "scaling": scaling,
     "estimators": estimators,
     "precision": precision,
+    "devices": devices,
 }
