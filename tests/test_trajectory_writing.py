@@ -293,6 +293,13 @@ def test_a_directory_without_permission(lj, tmp_path):
         require_writable(tmp_path / "closed" / "a.xtc", lj)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no file system here that nobody can write to")
+def test_a_place_where_nobody_can_write(lj):
+    """Permissions say that the superuser may, as on file systems that are read-only."""
+    with pytest.raises(FreeflowError, match=r"/proc/a.xtc: cannot be written"):
+        require_writable("/proc/a.xtc", lj)
+
+
 def test_elements_and_coordinates_that_a_format_cannot_hold(tmp_path):
     def crystal(name, a):
         ase.io.write(tmp_path / "POSCAR", ase.build.bulk(name, "fcc", a=a, cubic=True).repeat(2), format="extxyz")

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from freeflow import documents
 from freeflow.cells import stretches
 from freeflow.errors import FreeflowError, InputError
 from freeflow.geometry import nearest_neighbour_distance
@@ -130,8 +131,10 @@ def require_writable(path: str | Path, system: System) -> None:
     Raises:
         InputError: If the ending is unknown, the directory missing or not writable, or if the format cannot hold the
             crystal; one line that says which.
+        FreeflowError: If no file can be made there, as on a file system that is read-only.
     """
     _checked_format(Path(path), system)
+    documents.require_writable(path)
 
 
 def _checked_format(path: Path, system: System) -> _Format:
