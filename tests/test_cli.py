@@ -255,7 +255,7 @@ def test_errors_while_running(capsys, pipeline, monkeypatch, error, status, line
 
 def test_progress_is_a_line_now_and_then(capsys, pipeline, monkeypatch):
     ticks = iter([0.0, 0.0, 3.0, 11.0, 11.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr("time.monotonic", lambda: next(ticks))
     pipeline.reports = [
         Progress("reference", None, "KL 0.02"),
         Progress("tuning", None, "not shown"),

@@ -86,11 +86,14 @@ def public_functions(tree):
 
 
 def raised(function):
-    """Names of the errors that the function itself raises for its callers."""
+    """Names of the errors that the function itself raises for its callers; what a `try` holds may be caught there."""
     found, nodes = set(), list(function.body)
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Try) and node.handlers:
+            nodes += [*node.handlers, *node.orelse, *node.finalbody]
             continue
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             found.add(ast.unparse(node.exc.func))
