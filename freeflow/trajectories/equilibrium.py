@@ -82,7 +82,8 @@ class Equilibrium(NamedTuple):
         series, comparison = self.series, self.series.energy_comparison
         lost = int((~series.sound).sum())
         few = 0 < lost <= LOST * series.n_frames
-        said = [f"{lost} of {series.n_frames} frames have an atom off its site; they are left out"] if few else []
+        where = "an atom off its site" + ("" if series.strains is None else ", or the cell out of its range")
+        said = [f"{lost} of {series.n_frames} frames have {where}; they are left out"] if few else []
         if self.start:
             said.append(f"the first {self.start} of {series.n_frames} frames are left out: equilibration")
         if comparison.agrees is False and comparison.offset:

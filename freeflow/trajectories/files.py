@@ -370,12 +370,13 @@ def _strains(
     with np.errstate(all="ignore"):  # of nonsense cells
         strains = strains_between(crystal.cell, cells)
         largest = np.abs(np.linalg.eigvalsh(np.nan_to_num(strains, nan=1e9, posinf=1e9, neginf=-1e9))).max(axis=1)
-    far = ~(largest <= LARGEST_STRETCH)
+    # Between once and twice the stretch at which the ensemble ends frames are told of, and are no samples.
+    far = ~(largest <= 2 * LARGEST_STRETCH)
     if far.any():
         k = int(np.argmax(far))
         raise InputError(
             f"{frame(k)}: the cell {_shape(cells[k])} is not the system's {_shape(crystal.cell)} "
-            f"{system.units.length}, stretched by less than {math.expm1(LARGEST_STRETCH):.0%}; is it in another "
+            f"{system.units.length}, stretched by less than {math.expm1(2 * LARGEST_STRETCH):.0%}; is it in another "
             "unit, or written another way?"
         )
     coordinates = np.tensordot(strains, motion.basis, ((1, 2), (1, 2)))

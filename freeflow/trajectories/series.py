@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from freeflow.cells import CELL_MOTIONS, CellMotion, Strained, strains_in_another_cell, stretches
+from freeflow.cells import CELL_MOTIONS, LARGEST_STRETCH, CellMotion, Strained, strains_in_another_cell, stretches
 from freeflow.errors import InputError
 from freeflow.trajectories.alignment import to_displacements
 from freeflow.trajectories.files import read
@@ -125,7 +125,11 @@ def frame_series(
     with ThreadPoolExecutor(1) as side:
         for frames in read(path, system, topology, start=start, stop=stop, stride=stride, sigma=sigma):
             aligned = to_displacements(frames.positions, system.crystal, frames.species, guess)
-            u, sound, strains = aligned.displacements, aligned.sound, frames.strains
+            strains = frames.strains
+            if strains is not None:  # a cell that left its range counts as an atom that left its site
+                beyond = np.abs(np.linalg.eigvalsh(strains)).max(axis=1) >= LARGEST_STRETCH
+                aligned = aligned._replace(n_off=np.maximum(aligned.n_off, beyond))
+            u, sound = aligned.displacements, aligned.sound
             if sound.any():
                 guess = aligned.order[np.flatnonzero(sound)[-1]]
             # Energies of one chunk, not more, are found while the next is read and aligned.
