@@ -1,5 +1,6 @@
 """The suite's table and the conventional baseline that it compares with."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_pooled_values():
 def test_no_such_family(capsys):
     assert calibration.main(["lbra"]) == 2
     assert "lbra" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_figures_that_are_kept():
+    found = json.loads((calibration.RESULTS / "calibration.json").read_text())
+    page = (ROOT / "docs" / "calibration.md").read_text()
+    kept = page.split(calibration.BEGIN)[1].split(calibration.END)[0]
+    assert kept.strip() == calibration.tables(found).strip()
+    assert {figures["family"] for figures in found["families"]} == set(calibration.FAMILIES)
+    for figures in found["families"]:  # what undercovers is said to do so
+        assert calibration.undercovers(figures) == (f"`{figures['family']}` undercovers" in page)
 
 
 def test_tables_go_between_the_marks_of_a_page(tmp_path):
