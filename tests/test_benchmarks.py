@@ -153,7 +153,7 @@ def test_the_page_shows_the_figures_that_are_kept():
     page = (ROOT / "docs" / "calibration.md").read_text()
     kept = page.split(calibration.BEGIN)[1].split(calibration.END)[0]
     assert kept.strip() == calibration.tables(found).strip()
-    assert {figures["family"] for figures in found["families"]} == set(calibration.FAMILIES)
+    assert {figures["family"] for figures in found["families"]} <= set(calibration.FAMILIES)
     for figures in found["families"]:  # what undercovers is said to do so
         assert calibration.undercovers(figures) == (f"`{figures['family']}` undercovers" in page)
 
