@@ -34,7 +34,22 @@ def suite() -> str:
         on = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value != "not installed")
         figures = table([Figure(**figure) for figure in run["figures"]]).strip()
         parts += [f"## {run['command']}", f"On {on}.", figures]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *gpu()])
+
+
+def gpu() -> list[str]:
+    """What `benchmarks/gpu.py` measured on a GPU."""
+    path = RESULTS / "gpu.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| case | | batch | evaluations per second |", "|---|---|---|---|"]
+    for row in found["kernels"]:
+        three_digits = float(f"{row['evaluations_per_second']:.3g}")
+        rate = f"{three_digits:,.0f}".replace(",", " ")
+        rows.append(f"| {row['case']} | {row['dtype']} | {row['batch']} | {rate} |")
+    heading = "## python benchmarks/gpu.py"
+    return [heading, f"On one {found['device']}, JAX {found['jax']}; see [Speed](speed.md#gpus).", "\n".join(rows)]
 
 
 def published() -> str:

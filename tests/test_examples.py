@@ -132,7 +132,8 @@ def carry_out(words, small, folder, monkeypatch):
         command = [sys.executable, str(script), *words[2:], *small.arguments]
     else:
         monkeypatch.chdir(folder if not any(word.startswith("examples/") for word in words) else folder.parents[1])
-        return cli.main([*words[1:], *(small.options if words[1] != "validate" else ())])
+        options = {"validate": (), "sample": ("-n", "16")}.get(words[1], small.options)
+        return cli.main([*words[1:], *options])
     return subprocess.run(command, cwd=folder, env=environment(), timeout=500).returncode
 
 
