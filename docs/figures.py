@@ -13,6 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.__main__ import table  # noqa: E402
+from benchmarks.calibration import tables  # noqa: E402
 from benchmarks.suite import Figure  # noqa: E402
 from freeflow import config as systems  # noqa: E402
 from freeflow.result import format_with_error  # noqa: E402
@@ -22,7 +23,7 @@ MARK = "<!-- figures -->"
 
 def on_page_markdown(markdown, page, config, files):
     """Put the tables into their pages."""
-    make = {"accuracy.md": published, "cost.md": suite}.get(page.file.src_uri)
+    make = {"accuracy.md": accuracy, "cost.md": suite}.get(page.file.src_uri)
     return markdown if make is None else markdown.replace(MARK, make())
 
 
@@ -50,6 +51,16 @@ def gpu() -> list[str]:
         rows.append(f"| {row['case']} | {row['dtype']} | {row['batch']} | {rate} |")
     heading = "## python benchmarks/gpu.py"
     return [heading, f"On one {found['device']}, JAX {found['jax']}; see [Speed](speed.md#gpus).", "\n".join(rows)]
+
+
+def accuracy() -> str:
+    """Published values, and what estimates of them gave."""
+    path = RESULTS / "calibration.json"
+    ours = json.loads(path.read_text(encoding="utf-8")).get("published", []) if path.is_file() else []
+    parts = [published()]
+    if ours:
+        parts += ["With z in combined standard errors:", tables({"published": ours}).strip()]
+    return "\n\n".join(parts)
 
 
 def published() -> str:
