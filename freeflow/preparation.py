@@ -396,8 +396,7 @@ def batch_size(potential: Any, n_atoms: int) -> int:
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
     if not many_body(potential):
-        # Pair kernels go through tiles of atoms, whatever their number.
-        return int(np.clip(2 ** round(math.log2(2**19 / n_atoms)), 16, 64))
+        return 64  # pair kernels go through tiles of atoms, whatever their number, and shorter rows cost as much
     return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
 
 
