@@ -147,11 +147,11 @@ def test_reports_are_for_people_and_machines(drawn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "at least one sample"),
-        ({"n": 10, "method": "md"}, "no method 'md'; use one of mcmc, weighted, resampled"),
-        ({"n": 10**10}, "do not fit in memory"),
-        ({"n": 10, "output": "a.doc"}, "a.doc"),
-        ({"n": 10, "output": "/no/such/folder/a.xtc"}, "/no/such/folder"),
+        ({"n_samples": 0}, "at least one sample"),
+        ({"n_samples": 10, "method": "md"}, "no method 'md'; use one of mcmc, weighted, resampled"),
+        ({"n_samples": 10**10}, "do not fit in memory"),
+        ({"n_samples": 10, "output": "a.doc"}, "a.doc"),
+        ({"n_samples": 10, "output": "/no/such/folder/a.xtc"}, "/no/such/folder"),
     ],
 )
 def test_bad_wishes_are_refused_before_any_work(small, arguments, message):
