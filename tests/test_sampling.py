@@ -147,7 +147,7 @@ def test_reports_are_for_people_and_machines(drawn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_samples": 0}, "at least one sample"),
+        ({"n_samples": 0}, "at least one is needed"),
         ({"n_samples": 10, "method": "md"}, "no method 'md'; use one of mcmc, weighted, resampled"),
         ({"n_samples": 10**10}, "do not fit in memory"),
         ({"n_samples": 10, "output": "a.doc"}, "a.doc"),
