@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def per_cpu_second(ways: dict[str, Once], seconds: float) -> dict[str, float]:
+def per_cpu_second(ways: dict[Any, Once], seconds: float) -> dict[Any, float]:
     """Evaluations per second of CPU time of several ways, by turns; the best turn of each.
 
     What else runs on the machine takes caches and clock away for seconds at a time. Ways that take turns meet the same.

@@ -1,23 +1,28 @@
 """Cost per atom of one energy and force evaluation as crystals grow: flat, if the kernels are linear in N.
 
-Batched float32 kernels, with as many configurations at a time as an estimate takes (`--fixed-batch` sets it). Times are
-CPU time of the process.
+Batched float32 kernels, with as many configurations at a time as an estimate takes (`--fixed-batch` sets it), on one
+core, by turns (see kernels.py). Times are CPU time of the process.
 
     python benchmarks/scaling.py --help
 """
 
 import argparse
-import time
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.kernels import Once, one_core, per_cpu_second
 from freeflow.compiler import prefer_fast_code
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import neighbour_table
-from freeflow.potentials import energy_and_gradient, lennard_jones, stillinger_weber
+from freeflow.potentials import Potential, energy_and_gradient, lennard_jones, stillinger_weber
 from freeflow.preparation import batch_size
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}
@@ -27,9 +32,8 @@ CASES = {  # lattice, number density, potential, repeats of the cubic cell
 }
 
 
-def microseconds_per_atom(lattice, density, potential, repeats, batch, seconds) -> tuple[int, float, float]:
-    """Atoms, CPU time per atom and evaluation [us], and the seconds that set-up and compilation took."""
-    begin = time.perf_counter()
+def way(lattice: str, density: float, potential: Potential, repeats: int, batch: int | None = None) -> tuple[int, Once]:
+    """How many atoms, and a function that evaluates a batch and returns atoms times configurations."""
     crystal = lattice_crystal(lattice, (repeats,) * 3, number_density=density)
     table = neighbour_table(crystal, 1.1 * potential.cutoff)
     n = crystal.n_atoms
@@ -37,16 +41,19 @@ def microseconds_per_atom(lattice, density, potential, repeats, batch, seconds) 
     u = np.random.default_rng(0).standard_normal((batch, n, 3)) * 0.04 * density ** (-1 / 3)
     u = jnp.asarray(u, jnp.float32)
     evaluate = jax.jit(jax.vmap(energy_and_gradient(potential, table, "float32")))
-    jax.block_until_ready(evaluate(u))
-    set_up = time.perf_counter() - begin
-    best = np.inf
-    for _ in range(3):
-        count, begin = 0, time.process_time()
-        while time.process_time() - begin < seconds / 3:
-            jax.block_until_ready(evaluate(u))
-            count += batch
-        best = min(best, (time.process_time() - begin) / count)
-    return n, 1e6 * best / n, set_up
+
+    def once() -> int:
+        jax.block_until_ready(evaluate(u))
+        return batch * n
+
+    return n, once
+
+
+def microseconds_per_atom(case: str, all_repeats: Sequence[int], seconds: float, batch: int | None = None) -> dict:
+    """CPU time per atom and evaluation [us] by number of atoms, by turns."""
+    lattice, density, potential, _ = CASES[case]
+    ways = dict(way(lattice, density, potential, repeats, batch) for repeats in all_repeats)
+    return {n: 1e6 / rate for n, rate in per_cpu_second(ways, seconds).items()}
 
 
 def main() -> None:
@@ -58,19 +65,15 @@ def main() -> None:
     parser.add_argument("--fixed-batch", type=int, default=None, help="configurations at a time, whatever the size")
     arguments = parser.parse_args()
     prefer_fast_code()
+    one_core()
     print(f"CPU time of one energy and force evaluation, float32, {jax.default_backend()}")
-    for name, (lattice, density, potential, all_repeats) in CASES.items():
-        print(f"{name:<16}{'atoms':>8}{'us/atom':>10}{'set-up s':>10}")
-        rows = []
-        for repeats in all_repeats:
-            atoms = repeats**3 * {"diamond": 8, "fcc": 4}[lattice]
-            if atoms > arguments.largest:
-                continue
-            settings = (repeats, arguments.fixed_batch, arguments.seconds)
-            rows.append(microseconds_per_atom(lattice, density, potential, *settings))
-            print(f"{'':<16}{rows[-1][0]:>8}{rows[-1][1]:>10.4f}{rows[-1][2]:>10.1f}", flush=True)
-        if len(rows) > 1:
-            print(f"{'':<16}per-atom cost at {rows[-1][0]} over {rows[0][0]} atoms: {rows[-1][1] / rows[0][1]:.2f}")
+    for name, (lattice, _, _, all_repeats) in CASES.items():
+        per_cell = {"diamond": 8, "fcc": 4}[lattice]
+        repeats = [r for r in all_repeats if r**3 * per_cell <= arguments.largest]
+        found = microseconds_per_atom(name, repeats, arguments.seconds, arguments.fixed_batch)
+        print(f"{name:<16}{'atoms':>8}{'us/atom':>10}{'ratio':>8}")
+        for n, cost in found.items():
+            print(f"{'':<16}{n:>8}{cost:>10.4f}{cost / next(iter(found.values())):>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,15 +55,14 @@ def kernels(quick: bool) -> list[Figure]:
 def scaling(quick: bool) -> list[Figure]:
     """Cost per atom of an evaluation in crystals of thousands of atoms over one of hundreds."""
     from benchmarks import scaling as script
+    from benchmarks.kernels import one_core
 
+    one_core()
     figures = []
-    for name, (lattice, density, potential, repeats) in script.CASES.items():
+    for name, (*_, repeats) in script.CASES.items():
         sizes = (repeats[0], repeats[-2] if quick else repeats[-1])
-        rows = [
-            script.microseconds_per_atom(lattice, density, potential, size, None, 1.5 if quick else 4.5)
-            for size in sizes
-        ]
-        (n, few, _), (m, many, _) = rows
+        found = script.microseconds_per_atom(name, sizes, 1.5 if quick else 4.5)
+        (n, few), (m, many) = found.items()
         numbers = {f"us per atom at {n}": few, f"us per atom at {m}": many}
         figures.append(
             Figure("cost per atom, large / small", f"{name}, {m} / {n}", many / few, None, 1.1, numbers, 1.3)
