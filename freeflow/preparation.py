@@ -397,7 +397,8 @@ def batch_size(potential: Any, n_atoms: int) -> int:
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
     if not many_body(potential):
         return 64  # pair kernels go through tiles of atoms, whatever their number, and shorter rows cost as much
-    return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128))
+    # Few enough for the cache; where not even eight are, those of many-body potentials go through tiles, too.
+    return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128)) if n_atoms <= 2**13 else 64
 
 
 def fitting_batch(potential: Any, n_atoms: int, precision: str) -> int:

@@ -51,12 +51,13 @@ def evaluator(name, dtype="float64"):
     return jax.jit(jax.value_and_grad(deformed_energy(potential, table, dtype), (0, 1)))
 
 
-@pytest.mark.parametrize("name", ["lj fcc", "mw hexagonal"])
-def test_threads_of_a_gpu_find_what_slots_do(monkeypatch, name):
-    """The kernel for GPUs, interpreted."""
+@pytest.mark.parametrize(("name", "way"), [("lj fcc", walks.ByThreads), ("mw hexagonal", walks.ByTiles)])
+def test_other_ways_find_what_slots_do(monkeypatch, name, way):
+    """That of GPUs is interpreted; the last of the tiles is not full."""
     _, potential, u, f, table = case(name)
     value, gradients = evaluator(name)(jnp.asarray(u), jnp.asarray(f))
-    monkeypatch.setattr(walks, "walk", walks.ByThreads)
+    monkeypatch.setattr(walks, "walk", way)
+    monkeypatch.setattr(walks, "_TILE", 6)
     threads, others = jax.jit(jax.value_and_grad(deformed_energy(potential, table), (0, 1)))(u, f)
     assert float(threads) == pytest.approx(float(value), rel=1e-11)
     for gradient, other in zip(gradients, others, strict=True):

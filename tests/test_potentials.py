@@ -313,27 +313,13 @@ def test_force_constants(name, where):
 # ------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize("where", ["fcc", "hcp"])
-def test_pairs_evaluated_once_and_from_both_ends_agree(monkeypatch, where):
-    from freeflow.potentials import core
-
-    crystal, potential = lattice(where, "lj"), POTENTIALS["lj"][0]
-    table = neighbour_table(crystal, 1.1 * potential.cutoff)
-    u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(3)])
-    once = batched(potential, table)(u)
-    monkeypatch.setattr(core, "_ONCE", 0)
-    monkeypatch.setattr(core, "_TILE", 3 * crystal.n_atoms // 2)
-    tiled = batched(potential, table)(u)
-    np.testing.assert_allclose(once[0], tiled[0], rtol=1e-12)
-    np.testing.assert_allclose(once[1], tiled[1], atol=1e-12 * float(jnp.abs(tiled[1]).max()))
+WALKED = ["lj", "mw", pytest.param("lj_fcc_32", id="nearest images")]
 
 
-BY_THREADS = ["lj", "mw", pytest.param("lj_fcc_32", id="nearest images")]
-
-
-@pytest.mark.parametrize("name", BY_THREADS)
-def test_threads_of_a_gpu_find_what_slots_do(monkeypatch, name):
-    """The kernel for GPUs, interpreted."""
+@pytest.mark.parametrize("way", [walks.ByThreads, walks.ByTiles])
+@pytest.mark.parametrize("name", WALKED)
+def test_all_ways_find_what_slots_do(monkeypatch, name, way):
+    """That of GPUs is interpreted; the last of the tiles is not full."""
     if name in POTENTIALS:
         crystal, potential = lattice("fcc" if name == "lj" else "diamond", name), POTENTIALS[name][0]
         table = neighbour_table(crystal, 1.1 * potential.cutoff)
@@ -341,13 +327,23 @@ def test_threads_of_a_gpu_find_what_slots_do(monkeypatch, name):
         system = load(name)
         crystal, potential, table = system.crystal, system.potential, nearest_image_table(system.crystal)
     u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(3)])
-    slots = batched(potential, table)(u)
-    monkeypatch.setattr(walks, "walk", walks.ByThreads)
+    slots, atoms = batched(potential, table)(u), _booked(potential, table, u)
+    monkeypatch.setattr(walks, "walk", way)
+    monkeypatch.setattr(walks, "_TILE", 3 * crystal.n_atoms // 2 - 6)
     threads = batched(potential, table)(u)
     np.testing.assert_allclose(threads[0], slots[0], rtol=1e-12)
     np.testing.assert_allclose(threads[1], slots[1], atol=1e-12 * float(jnp.abs(slots[1]).max()))
     single = batched(potential, table, "float32")(u.astype("float32"))
     np.testing.assert_allclose(single[0], slots[0], rtol=1e-4)
+    if way is walks.ByTiles:  # energies at rest, atom by atom, are found slot by slot
+        np.testing.assert_allclose(_booked(potential, table, u), atoms, rtol=1e-11)
+
+
+def _booked(potential, table, u):
+    """Energies that the kernel books on the atoms (n_atoms, batch)."""
+    from freeflow.potentials import core
+
+    return jax.jit(lambda u: core._kernel(potential, table, "float64")(u)[0])(jnp.moveaxis(u, 0, -1))
 
 
 def test_batches_are_the_single_results(monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,21 +42,6 @@ class Potential:
     cosine: float = 0.0  # c
 
 
-# Numbers per component that one tile of the pair kernel works on: a few such arrays fit in a core's cache.
-_TILE = 2**13
-# Up to so many numbers per component a pair is evaluated once, and its reaction handed over; see docs/speed.md.
-_ONCE = 2**16
-
-
-class _Tile(NamedTuple):
-    """Atoms that the pair kernel finishes together; a leading axis stacks tiles."""
-
-    atoms: Any  # (n,)
-    partner: Any  # (n_slots, n)
-    offset: Any  # (n_slots, n, 3)
-    empty: Any  # (n_slots, n), or None
-
-
 def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
     """f and df/d(r^2), by forward mode: the kernel needs no hand-written derivative."""
     return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
@@ -65,78 +50,15 @@ def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
 Kernel = Callable[[Array], tuple[Array, Array]]
 
 
-def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, batch: int) -> Kernel:
+def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
     """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch)."""
     if potential.weight is not None:
         return _triplet_kernel(potential, potential.weight, table, dtype)
-    # Tiles are for caches; threads of a GPU finish their atoms side by side anyway.
-    tiled = jax.default_backend() == "cpu" and not _fits(table, batch)
-    make = _tiled_pair_kernel if tiled else pair_kernel
-    return make(potential, table, dtype)
-
-
-def _fits(table: NeighbourTable, batch: int) -> bool:
-    """Whether all atoms of a batch stay in the cache while a pair kernel goes through the slots."""
-    return table.partner.shape[1] * batch <= _ONCE
-
-
-def _tiled_pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pair potentials, tile by tile of atoms.
-
-    A pair is evaluated from both of its ends: reading positions costs more than the few operations
-    of a pair energy, and an atom that owes nothing to others can be finished while its tile is in
-    the cache. The three components are fetched together, one row of 3 x batch numbers at a time.
-    """
-    n_atoms = table.partner.shape[1]
-    away = -walks.seen_from_partner(table.offset, table)
-    partner = np.concatenate([table.partner, table.source]).astype(np.int32)
-    offset = np.concatenate([table.offset, away])
-    empty = None
-    if table.empty is not None:
-        empty = np.concatenate([table.empty, walks.seen_from_partner(table.empty, table)])
-
-    def pairs(u: Array) -> tuple[Array, Array]:
-        batch = u.shape[2]
-        n_tiles = max(1, round(n_atoms * batch / _TILE))
-        size = -(-n_atoms // n_tiles)
-        # The last tile is filled up with its first atoms; what they give is cut off again.
-        atoms = (np.arange(n_tiles * size) % n_atoms).reshape(n_tiles, size)
-        tiles = _Tile(
-            atoms.astype(np.int32),
-            np.moveaxis(partner[:, atoms], 1, 0),
-            np.asarray(np.moveaxis(offset[:, atoms], 1, 0), dtype),
-            None if empty is None else np.moveaxis(empty[:, atoms], 1, 0),
-        )
-
-        def finish(tile: _Tile) -> tuple[Array, Array]:
-            here = u[tile.atoms]
-
-            def step(carry, slot):
-                energy, gradient = carry
-                partner, offset, empty = slot
-                d = offset[:, :, None] + u[partner] - here
-                if table.box is not None:
-                    box = np.asarray(table.box, dtype)[None, :, None]
-                    d = d - box * jnp.round(d / box)
-                r2 = d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1] + d[:, 2] * d[:, 2]
-                if empty is not None:
-                    r2 = jnp.where(empty[:, None], jnp.asarray(1e6 * table.radius**2, dtype), r2)
-                more, slope = _with_slope(potential.pair, r2)
-                return (energy + 0.5 * more, gradient - 2 * slope[:, None] * d), None
-
-            zero = jnp.zeros_like(here)
-            return jax.lax.scan(step, (zero[:, 0], zero), (tile.partner, tile.offset, tile.empty))[0]
-
-        if n_tiles == 1:
-            return finish(jax.tree.map(lambda leaf: leaf[0], tiles))
-        energy, gradient = jax.lax.map(finish, tiles)
-        return energy.reshape(-1, batch)[:n_atoms], gradient.reshape(-1, 3, batch)[:n_atoms]
-
-    return pairs
+    return pair_kernel(potential, table, dtype)
 
 
 def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pair potentials, along the device's walk; a pair's energy is shared by both ends, as in tiles."""
+    """Pair potentials, along the device's walk; a pair's energy is shared by both ends."""
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
@@ -197,7 +119,7 @@ def energy_and_gradient(
     rest = atomic_energies_at_rest(potential, table) if at_rest is None else at_rest
 
     def batched(u: Float[Array, "n 3 batch"]) -> tuple[Array, Array]:
-        atomic, gradient = _kernel(potential, table, dtype, u.shape[2])(u.astype(dtype))
+        atomic, gradient = _kernel(potential, table, dtype)(u.astype(dtype))
         relative = atomic - np.asarray(rest, dtype)[:, None]
         # Inside double_precision this is float64, outside it is what JAX allows.
         total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
@@ -262,7 +184,7 @@ def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Floa
     It is the same for every table that holds all pairs within the cutoff.
     """
     # Compiled as the kernel is, to the same rounding: a lattice has exactly no energy relative to itself.
-    kernel = _kernel(potential, table, "float64", 1)
+    kernel = _kernel(potential, table, "float64")
     rest = np.zeros((table.partner.shape[1], 3, 1))
     return run_once(lambda u: kernel(u)[0], rest)[:, 0]  # compiles no forces
 

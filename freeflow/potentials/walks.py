@@ -19,6 +19,9 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
+# Up to so many numbers per component all atoms of a batch stay in a core's cache while a walk goes through the slots;
+# beyond, a tile of so many does.
+_CACHED, _TILE = 2**16, 2**13
 # What a thread of the GPU kernel holds of an array [bytes], threads in a warp, and warps of a program at most.
 _EACH, _WARP, _WARPS = 16, 32, 4
 
@@ -68,7 +71,7 @@ class Walk(ABC):
 
 def walk(table: NeighbourTable, dtype: Any) -> Walk:
     """The walk for JAX's default device."""
-    return ByThreads(table, dtype) if has_threads() else SlotBySlot(table, dtype)
+    return ByThreads(table, dtype) if has_threads() else BySize(table, dtype)
 
 
 def has_threads() -> bool:
@@ -77,12 +80,28 @@ def has_threads() -> bool:
 
 
 class _Slots(NamedTuple):
-    """Slots of a neighbour table as a loop reads them; a leading axis stacks slots."""
+    """Slots of a neighbour table as a loop reads them; leading axes stack slots, and tiles."""
 
     partner: Any  # (n_atoms,)
     source: Any  # (n_atoms,) of the slot before
     offset: Any  # (n_atoms, 3)
     empty: Any  # (n_atoms,), or None
+
+
+class _Bonds:
+    """Separations of pairs, at nearest images where a table says so."""
+
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        self._box = None if table.box is None else np.asarray(table.box, dtype)
+        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
+
+    def between(self, there: Sequence[Array], here: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array]:
+        """Components from atoms displaced by `here` to partners displaced by `there`, and their squares."""
+        d = [slot.offset[:, a, None] + there[a] - here[a] for a in range(3)]
+        if self._box is not None:
+            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
+        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+        return d, r2 if slot.empty is None else jnp.where(slot.empty[:, None], self._nowhere, r2)
 
 
 class SlotBySlot(Walk):
@@ -105,17 +124,7 @@ class SlotBySlot(Walk):
             None if table.empty is None else np.asarray(table.empty),
         )
         self._last = source[-1]
-        self._box = None if table.box is None else np.asarray(table.box, dtype)
-        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
-
-    def _bond(self, x: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array]:
-        d = [slot.offset[:, a, None] + x[a][slot.partner] - x[a] for a in range(3)]
-        if self._box is not None:
-            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
-        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-        if slot.empty is not None:
-            r2 = jnp.where(slot.empty[:, None], self._nowhere, r2)
-        return d, r2
+        self._bonds = _Bonds(table, dtype)
 
     def total(
         self,
@@ -138,13 +147,91 @@ class SlotBySlot(Walk):
             own, totals, shares = carry
             totals = book(totals, shares, slot.source)
             there = tuple(field[slot.partner] for field in fields)
-            more, shares = visit(Pair(*self._bond(x, slot), fields, there, rows))
+            bond = self._bonds.between([place[slot.partner] for place in x], x, slot)
+            more, shares = visit(Pair(*bond, fields, there, rows))
             return (tuple(a + b for a, b in zip(own, more, strict=True)), totals, shares), None
 
         zero = jnp.zeros_like(x[0])
         none = (zero,) * len(parity)
         (own, totals, shares), _ = jax.lax.scan(step, ((zero,) * n_own, none, none), self._slots)
         return own, book(totals, shares, self._last)
+
+
+class ByTiles(Walk):
+    """Visits every pair from both of its ends, tile by tile of atoms.
+
+    An atom that owes nothing to others is finished while its tile is in the cache. In large crystals reading and
+    writing all sums for every slot costs more than evaluating pairs twice.
+    """
+
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        self._partner = np.concatenate([table.partner, table.source]).astype(np.int32)
+        self._offset = np.concatenate([table.offset, -seen_from_partner(table.offset, table)]).astype(dtype)
+        self._empty = None
+        if table.empty is not None:
+            self._empty = np.concatenate([table.empty, seen_from_partner(table.empty, table)])
+        self._bonds = _Bonds(table, dtype)
+
+    def total(
+        self,
+        visit: Visit,
+        x: Sequence[Array],
+        parity: tuple[int, ...],
+        n_own: int = 0,
+        fields: Parts = (),
+        common: Parts = (),
+    ) -> tuple[Parts, Parts]:
+        """See `Walk.total`."""
+        n_atoms, batch = x[0].shape
+        rows = tuple(row[None] for row in common)
+        n_tiles = max(1, round(n_atoms * batch / _TILE))
+        size = -(-n_atoms // n_tiles)
+        # The last tile is filled up with its first atoms; what they give is cut off again.
+        atoms = (np.arange(n_tiles * size) % n_atoms).reshape(n_tiles, size)
+
+        def tiled(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else np.moveaxis(values[:, atoms], 1, 0)
+
+        def finish(tile: tuple[Array, _Slots]) -> Parts:
+            here, slots = tile
+            start, fixed = [place[here] for place in x], tuple(field[here] for field in fields)
+
+            def step(carry, now):
+                slot, begins = now
+                bond = self._bonds.between([place[slot.partner] for place in x], start, slot)
+                own, shares = visit(Pair(*bond, fixed, tuple(field[slot.partner] for field in fields), rows))
+                more = (*(begins * part for part in own), *shares)
+                return tuple(total + part for total, part in zip(carry, more, strict=True)), None
+
+            none = (jnp.zeros_like(start[0]),) * (n_own + len(parity))
+            return jax.lax.scan(step, none, (slots, begins))[0]
+
+        # What atoms keep is booked where a pair begins, as slot by slot: energies at rest may come from there.
+        begins = np.repeat(np.asarray([1, 0], x[0].dtype), len(self._partner) // 2)
+        slots = _Slots(tiled(self._partner), None, tiled(self._offset), tiled(self._empty))
+        sums = jax.lax.map(finish, (atoms.astype(np.int32), slots))
+        parts = tuple(part.reshape(-1, batch)[:n_atoms] for part in sums)
+        return parts[:n_own], parts[n_own:]
+
+
+class BySize(Walk):
+    """Slot by slot, or by tiles where that would leave the cache."""
+
+    def __init__(self, table: NeighbourTable, dtype: Any):
+        self._table, self._dtype = table, dtype
+
+    def total(
+        self,
+        visit: Visit,
+        x: Sequence[Array],
+        parity: tuple[int, ...],
+        n_own: int = 0,
+        fields: Parts = (),
+        common: Parts = (),
+    ) -> tuple[Parts, Parts]:
+        """See `Walk.total`."""
+        kind = SlotBySlot if x[0].size <= _CACHED else ByTiles
+        return kind(self._table, self._dtype).total(visit, x, parity, n_own, fields, common)
 
 
 class ByThreads(Walk):
