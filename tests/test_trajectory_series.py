@@ -159,11 +159,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     for n_frames in (1000, 5000):
         write(tmp_path / "a.dcd", system, np.tile(displacements(system, 500), (n_frames // 500, 1, 1)))
         frame_series(tmp_path / "a.dcd", system, stop=400)  # compiled
-        gc.collect()
-        tracemalloc.start()
-        series = frame_series(tmp_path / "a.dcd", system, max_coordinates=24 * 512)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        of_this = []
+        for _ in range(3):  # threads of tests before may allocate beside it, too
+            gc.collect()
+            tracemalloc.start()
+            series = frame_series(tmp_path / "a.dcd", system, max_coordinates=24 * 512)
+            of_this.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        peaks.append(min(of_this))
         assert series.n_frames == n_frames and 256 < len(series.kept) <= 512
     frame, extra = 24 * 8, 4000 * 100  # at most 100 bytes of numbers for each of 4000 frames more
     assert peaks[1] - peaks[0] < extra < 4000 * frame
