@@ -246,7 +246,10 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
         raise
     work = np.concatenate(team.gathered(completed(jobs, wait_for_all=True)))
     # On its sites by the cell that was described, but not by the one that was found: no sample of this ensemble.
-    work = work[~np.isneginf(work)]
+    outside = np.isneginf(work)
+    if outside.any():
+        run.warnings.append(f"{outside.sum()} of {n_frames} frames are out of this ensemble's range and were left out")
+    work = work[~outside]
     finite = work[np.isfinite(work)]
     return Frames(work, max(inefficiency, statistical_inefficiency(finite) if len(finite) else 1.0))
 

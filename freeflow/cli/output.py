@@ -178,13 +178,8 @@ def print_text(text: str) -> None:
     Raises:
         FreeflowError: If it cannot be written.
     """
-    try:
+    with _printing():
         click.echo(text)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        drop_output()
-        raise FreeflowError(f"cannot write the output: {error.strerror}") from None
 
 
 def flush() -> None:
@@ -193,9 +188,15 @@ def flush() -> None:
     Raises:
         FreeflowError: If that cannot be, as on a full disk.
     """
-    try:
+    with _printing():
         if sys.stdout is not None:
             sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:

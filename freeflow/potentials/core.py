@@ -42,7 +42,7 @@ class Potential:
     cosine: float = 0.0  # c
 
 
-def _with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
+def with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
     """f and df/d(r^2), by forward mode: the kernel needs no hand-written derivative."""
     return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
 
@@ -62,7 +62,7 @@ def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kern
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
-        energy, slope = _with_slope(potential.pair, pair.r2)
+        energy, slope = with_slope(potential.pair, pair.r2)
         return (), (0.5 * energy, *(-2 * slope * component for component in pair.d))
 
     def pairs(u: Array) -> tuple[Array, Array]:
@@ -82,9 +82,9 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         return (potential.pair(pair.r2),), moments.of_bond(weight(pair.r2), [d * inverse_r for d in pair.d])
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
-        _, slope = _with_slope(potential.pair, pair.r2)
+        _, slope = with_slope(potential.pair, pair.r2)
         return (), moments.gradient_on_start(
-            pair.here, pair.there, pair.d, jax.lax.rsqrt(pair.r2), slope, _with_slope(weight, pair.r2)
+            pair.here, pair.there, pair.d, jax.lax.rsqrt(pair.r2), slope, with_slope(weight, pair.r2)
         )
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:

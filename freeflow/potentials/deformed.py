@@ -6,7 +6,7 @@ beside the forces: the derivative with respect to F costs six sums of products p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
 from freeflow.potentials import moments, walks
-from freeflow.potentials.core import RUN_ONCE, Potential, run_once
+from freeflow.potentials.core import RUN_ONCE, Potential, run_once, with_slope
 from freeflow.potentials.walks import Pair, Parts
 from freeflow.types import Numeric, in_double_precision
 
@@ -60,7 +60,9 @@ def deformed_energy(potential: Potential, table: NeighbourTable, dtype: str = "f
         sums = kernel(u.astype(dtype), deformation)
         relative = sums.energy - np.asarray(at_rest, dtype)[:, None]
         total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
-        by_u = jnp.stack([_along(deformation[:, a], [sums.gradient[:, b] for b in range(3)]) for a in range(3)], axis=1)
+        by_u = jnp.stack(
+            [_along(deformation[:, a, None], [sums.gradient[:, b] for b in range(3)]) for a in range(3)], axis=1
+        )
         # dU/dF = sum dU/dd (F^-1 d)^T, from the virial sum dU/dd d^T.
         by_f = jnp.einsum("abk,cbk->ack", sums.virial, _inverse(deformation))
         return total, by_u.astype(u.dtype), by_f.astype(f.dtype)
@@ -119,9 +121,9 @@ def _inverse(f: Array) -> Array:
     return jnp.stack(rows, axis=1) / jnp.sum(f[0] * rows[0], axis=0)[None, None]
 
 
-def _along(row: Array, d: list[Array]) -> Array:
-    """Product of a row (3, batch) of a matrix with vectors given by components (n, batch)."""
-    return row[0][None] * d[0] + row[1][None] * d[1] + row[2][None] * d[2]
+def _along(row: Sequence[Array] | Array, d: list[Array]) -> Array:
+    """Product of a matrix's row, three arrays over the batch, with vectors given by components."""
+    return row[0] * d[0] + row[1] * d[1] + row[2] * d[2]
 
 
 def _components(u: Array) -> list[Array]:
@@ -135,8 +137,7 @@ def _entries(f: Array) -> Parts:
 
 def _deformed(pair: Pair) -> tuple[list[Array], Array]:
     """Separations F d of pairs in the deformed cell, and their squares [length, length**2]."""
-    f = pair.common
-    d = [f[3 * a] * pair.d[0] + f[3 * a + 1] * pair.d[1] + f[3 * a + 2] * pair.d[2] for a in range(3)]
+    d = [_along(pair.common[3 * a : 3 * a + 3], pair.d) for a in range(3)]
     return d, d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
 
 
@@ -146,17 +147,13 @@ def _matrix(upper: Parts) -> Array:
     return jnp.stack([jnp.stack([total[min(a, b), max(a, b)] for b in range(3)]) for a in range(3)])
 
 
-def _with_slope(f: Callable[[Array], Array], r2: Array) -> tuple[Array, Array]:
-    return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
-
-
 def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
     """Pair potentials."""
     walk = walks.walk(table, dtype)
 
     def visit(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
-        value, slope = _with_slope(potential.pair, r2)
+        value, slope = with_slope(potential.pair, r2)
         pull = [-2 * slope * component for component in d]
         return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
 
@@ -180,8 +177,8 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
-        _, slope = _with_slope(of_pair, r2)
-        pull = moments.gradient_on_start(pair.here, pair.there, d, jax.lax.rsqrt(r2), slope, _with_slope(weight, r2))
+        _, slope = with_slope(of_pair, r2)
+        pull = moments.gradient_on_start(pair.here, pair.there, d, jax.lax.rsqrt(r2), slope, with_slope(weight, r2))
         return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
 
     def kernel(u: Array, f: Array) -> _Sums:

@@ -1,4 +1,4 @@
-"""Sums over the pairs of a neighbour table: slot by slot where caches and vector units count, or by a GPU's threads.
+"""Sums over the pairs of a neighbour table: slot by slot, by tiles of atoms where caches are small, or by GPU threads.
 
 A kernel says what an atom keeps of a pair and what both ends get of it; the walk visits all pairs and adds up. Which
 walk a kernel takes is decided where it is traced, by JAX's default device.
@@ -40,10 +40,20 @@ class Pair(NamedTuple):
 Visit = Callable[[Pair], tuple[Parts, Parts]]
 
 
+class Task(NamedTuple):
+    """What is to be summed; see `Walk.total`."""
+
+    visit: Visit
+    x: Sequence[Array]
+    parity: tuple[int, ...]
+    n_own: int
+    fields: Parts
+    common: Parts
+
+
 class Walk(ABC):
     """A way to visit all pairs of a table."""
 
-    @abstractmethod
     def total(
         self,
         visit: Visit,
@@ -67,6 +77,12 @@ class Walk(ABC):
         Returns:
             What atoms keep, and what they share.
         """
+        sums = self._sums(Task(visit, x, parity, n_own, fields, common))
+        return sums[:n_own], sums[n_own:]
+
+    @abstractmethod
+    def _sums(self, task: Task) -> Parts:
+        """What atoms keep, then what they share."""
 
 
 def walk(table: NeighbourTable, dtype: Any) -> Walk:
@@ -126,16 +142,8 @@ class SlotBySlot(Walk):
         self._last = source[-1]
         self._bonds = _Bonds(table, dtype)
 
-    def total(
-        self,
-        visit: Visit,
-        x: Sequence[Array],
-        parity: tuple[int, ...],
-        n_own: int = 0,
-        fields: Parts = (),
-        common: Parts = (),
-    ) -> tuple[Parts, Parts]:
-        """See `Walk.total`."""
+    def _sums(self, task: Task) -> Parts:
+        visit, x, parity, n_own, fields, common = task
         rows = tuple(row[None] for row in common)
 
         def book(totals: Parts, shares: Parts, at: Any) -> Parts:
@@ -154,7 +162,7 @@ class SlotBySlot(Walk):
         zero = jnp.zeros_like(x[0])
         none = (zero,) * len(parity)
         (own, totals, shares), _ = jax.lax.scan(step, ((zero,) * n_own, none, none), self._slots)
-        return own, book(totals, shares, self._last)
+        return (*own, *book(totals, shares, self._last))
 
 
 class ByTiles(Walk):
@@ -165,32 +173,17 @@ class ByTiles(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        self._partner = np.concatenate([table.partner, table.source]).astype(np.int32)
-        self._offset = np.concatenate([table.offset, -seen_from_partner(table.offset, table)]).astype(dtype)
-        self._empty = None
-        if table.empty is not None:
-            self._empty = np.concatenate([table.empty, seen_from_partner(table.empty, table)])
+        self._slots = _both_ends(table, dtype)
         self._bonds = _Bonds(table, dtype)
 
-    def total(
-        self,
-        visit: Visit,
-        x: Sequence[Array],
-        parity: tuple[int, ...],
-        n_own: int = 0,
-        fields: Parts = (),
-        common: Parts = (),
-    ) -> tuple[Parts, Parts]:
-        """See `Walk.total`."""
+    def _sums(self, task: Task) -> Parts:
+        visit, x, parity, n_own, fields, common = task
         n_atoms, batch = x[0].shape
         rows = tuple(row[None] for row in common)
         n_tiles = max(1, round(n_atoms * batch / _TILE))
         size = -(-n_atoms // n_tiles)
         # The last tile is filled up with its first atoms; what they give is cut off again.
         atoms = (np.arange(n_tiles * size) % n_atoms).reshape(n_tiles, size)
-
-        def tiled(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else np.moveaxis(values[:, atoms], 1, 0)
 
         def finish(tile: tuple[Array, _Slots]) -> Parts:
             here, slots = tile
@@ -207,11 +200,10 @@ class ByTiles(Walk):
             return jax.lax.scan(step, none, (slots, begins))[0]
 
         # What atoms keep is booked where a pair begins, as slot by slot: energies at rest may come from there.
-        begins = np.repeat(np.asarray([1, 0], x[0].dtype), len(self._partner) // 2)
-        slots = _Slots(tiled(self._partner), None, tiled(self._offset), tiled(self._empty))
+        begins = np.repeat(np.asarray([1, 0], x[0].dtype), len(self._slots.partner) // 2)
+        slots = jax.tree.map(lambda values: np.moveaxis(values[:, atoms], 1, 0), self._slots)
         sums = jax.lax.map(finish, (atoms.astype(np.int32), slots))
-        parts = tuple(part.reshape(-1, batch)[:n_atoms] for part in sums)
-        return parts[:n_own], parts[n_own:]
+        return tuple(part.reshape(-1, batch)[:n_atoms] for part in sums)
 
 
 class BySize(Walk):
@@ -220,18 +212,9 @@ class BySize(Walk):
     def __init__(self, table: NeighbourTable, dtype: Any):
         self._table, self._dtype = table, dtype
 
-    def total(
-        self,
-        visit: Visit,
-        x: Sequence[Array],
-        parity: tuple[int, ...],
-        n_own: int = 0,
-        fields: Parts = (),
-        common: Parts = (),
-    ) -> tuple[Parts, Parts]:
-        """See `Walk.total`."""
-        kind = SlotBySlot if x[0].size <= _CACHED else ByTiles
-        return kind(self._table, self._dtype).total(visit, x, parity, n_own, fields, common)
+    def _sums(self, task: Task) -> Parts:
+        kind = SlotBySlot if task.x[0].size <= _CACHED else ByTiles
+        return kind(self._table, self._dtype)._sums(task)
 
 
 class ByThreads(Walk):
@@ -243,31 +226,19 @@ class ByThreads(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        there = np.concatenate([table.partner, table.source]).T
-        offset = np.concatenate([table.offset, -seen_from_partner(table.offset, table)])
-        if table.empty is None:
-            real = np.linalg.norm(offset, axis=-1) <= 1.5 * table.radius
-        else:
-            real = ~np.concatenate([table.empty, seen_from_partner(table.empty, table)])
+        slots = _both_ends(table, dtype)
+        real = ~slots.empty if slots.empty is not None else np.linalg.norm(slots.offset, axis=-1) <= 1.5 * table.radius
         # Pairs first: a program goes through as many as its atom has.
         order = np.argsort(~real.T, axis=1, kind="stable")
         self._counts = real.sum(axis=0).astype(np.int32)
         order = order[:, : max(1, self._counts.max())]
-        self._partner = np.take_along_axis(there, order, axis=1).astype(np.int32)
-        self._offset = np.take_along_axis(np.swapaxes(offset, 0, 1), order[..., None], axis=1).astype(dtype)
+        self._partner = np.take_along_axis(slots.partner.T, order, axis=1)
+        self._offset = np.take_along_axis(np.swapaxes(slots.offset, 0, 1), order[..., None], axis=1)
         # Plain numbers: a kernel holds no arrays but its arguments.
         self._box = None if table.box is None else [float(edge) for edge in table.box]
 
-    def total(
-        self,
-        visit: Visit,
-        x: Sequence[Array],
-        parity: tuple[int, ...],
-        n_own: int = 0,
-        fields: Parts = (),
-        common: Parts = (),
-    ) -> tuple[Parts, Parts]:
-        """See `Walk.total`."""
+    def _sums(self, task: Task) -> Parts:
+        visit, x, parity, n_own, fields, common = task
         from jax.experimental import pallas
         from jax.experimental.pallas import triton
 
@@ -305,8 +276,7 @@ class ByThreads(Walk):
             compiler_params=triton.CompilerParams(num_warps=warps),
             interpret=jax.default_backend() == "cpu",
         )(self._counts, self._partner, self._offset, *arguments)
-        sums = tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
-        return sums[:n_own], sums[n_own:]
+        return tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
 
 
 def _shape(batch: int, width: int) -> tuple[int, int]:
@@ -316,6 +286,12 @@ def _shape(batch: int, width: int) -> tuple[int, int]:
     return block, max(1, block // (_WARP * each))
 
 
-def seen_from_partner(values: np.ndarray, table: NeighbourTable) -> np.ndarray:
-    """Values (n_slots, n_atoms, ...) of the pairs in which every atom is the partner."""
-    return np.take_along_axis(values, table.source.reshape(table.source.shape + (1,) * (values.ndim - 2)), axis=1)
+def _both_ends(table: NeighbourTable, dtype: Any) -> _Slots:
+    """The table's slots, and after them every pair as the partner sees it."""
+
+    def seen_from_partner(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, table.source.reshape(table.source.shape + (1,) * (values.ndim - 2)), axis=1)
+
+    empty = None if table.empty is None else np.concatenate([table.empty, seen_from_partner(table.empty)])
+    offset = np.concatenate([table.offset, -seen_from_partner(table.offset)]).astype(dtype)
+    return _Slots(np.concatenate([table.partner, table.source]).astype(np.int32), None, offset, empty)
