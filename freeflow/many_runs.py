@@ -25,6 +25,7 @@ from freeflow import config
 from freeflow.cores import cores
 from freeflow.errors import FreeflowError, InputError
 from freeflow.folders import alone_in
+from freeflow.interrupts import uninterrupted
 
 RESULTS = "results.jsonl"
 _NOT_RELIABLE = 3  # exit status of a run that has an answer all the same
@@ -340,7 +341,8 @@ def _locally(jobs: Sequence[Job], workers: int, retries: int, report: Report) ->
     try:
         waiting = {threads.submit(one, job) for job in jobs}
         while waiting:
-            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            with uninterrupted():
+                ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in ended)
     except BaseException:  # Ctrl-C: nothing goes on behind the user's back
         threads.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from freeflow.bridge import BridgeParams, Pilot, Schedule
 from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
+from freeflow.interrupts import looks, uninterrupted
 from freeflow.observers import cell_average, observed_strain, observer, profile
 from freeflow.preparation import (
     Clock,
@@ -238,7 +239,7 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
     params = BridgeParams(gaussian, crossing.schedule)
     jobs = run.sampler.cross_back(params, given, on_segment)
     try:
-        while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
+        for _ in looks(jobs):
             text = f"{n_frames} frames on their way to the reference"
             report(Progress("trajectory", min(moved / planned, 0.99), text))
     except KeyboardInterrupt:
@@ -304,10 +305,9 @@ def _draw(
         told.look(work, estimator, rule.predicted_samples(work, estimator))
         batches = range(begun, begun + math.ceil(more / sampler.batch))
         begun = batches.stop
-        jobs += sampler.cross(BridgeParams(gaussian, crossing.schedule), batches, told.moved, settle, observe)
-        while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
-            if any(job.done() and job.exception() for job in jobs):
-                break
+        with uninterrupted():  # else what had been handed out would be lost
+            jobs += sampler.cross(BridgeParams(gaussian, crossing.schedule), batches, told.moved, settle, observe)
+        for _ in looks(jobs):
             told.tick()
         arrived = team.gathered(completed(jobs))
         jobs.clear()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +27,7 @@ from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import chain_correlation, effective_sample_size, equilibrated, record
 from freeflow.estimators.diagnostics import diagnose, reliability
 from freeflow.estimators.two_state import fep
+from freeflow.interrupts import looks
 from freeflow.observers import observed_crystal
 from freeflow.pipeline import settled
 from freeflow.preparation import Clock, Progress, Report, Run, learned_flow, tune, with_reference
@@ -395,9 +395,7 @@ def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: 
     jobs = sampler.cross(params, range(-(-n // sampler.batch)), on_segment, observe=observed_crystal)
     status = "complete"
     try:
-        while wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
-            if any(job.done() and job.exception() for job in jobs):
-                break
+        for _ in looks(jobs):
             report(Progress("sampling", min(moved / (n * max(stages, 1)), 0.99), f"{n} samples over {stages} stages"))
     except KeyboardInterrupt:
         sampler.stop()
