@@ -10,12 +10,13 @@ import pytest
 from fake_results import fake_result, fake_system
 from scipy.special import expit
 
-from freeflow import estimators, report
+from freeflow import estimators
 from freeflow.comparison import Check, Comparison, Distribution
 from freeflow.errors import InputError
 from freeflow.observables import Average
 from freeflow.observers import Profile
-from freeflow.report import write_comparison_report, write_estimate_report
+from freeflow.report import drawing, markup, of_estimates, write_comparison_report, write_estimate_report
+from freeflow.result import format_with_error
 from freeflow.trajectories import EnergyComparison, FrameSeries
 from freeflow.types import Plan, Published, Work
 from freeflow.units import unit_style
@@ -127,7 +128,7 @@ def test_estimate_page_tells_the_result(tmp_path):
     for text in (
         "mw_cubic_64",
         "diamond, 2 x 2 x 2 cells, 64 atoms",
-        f"βF / N = {report.format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)} kT per atom",
+        f"βF / N = {format_with_error(result.beta_f_per_atom, result.beta_f_per_atom_std_error)} kT per atom",
         result.verdict,
         "Wirnsberger et al. 2022, MBAR",
         "0.0019872067 kcal/mol/K",
@@ -213,7 +214,7 @@ def test_running_estimate_is_that_of_parts(tmp_path, estimator):
 
 def test_running_estimate_of_correlated_work_ends_at_the_result(tmp_path):
     result = result_of(crooks_work(400, 400), "bar", inefficiency=3.7)
-    assert report._inefficiency(result) == pytest.approx(3.7, rel=1e-4)
+    assert of_estimates.reverse_inefficiency(result) == pytest.approx(3.7, rel=1e-4)
     table = read_csv(write_estimate_report(result, tmp_path / "run.html"), "running")
     assert table["first samples standard error"][-1] == pytest.approx(result.beta_f_per_atom_std_error)
     assert table["last samples [kT per atom]"][-1] == pytest.approx(result.beta_f_per_atom, abs=1e-8)
@@ -221,11 +222,11 @@ def test_running_estimate_of_correlated_work_ends_at_the_result(tmp_path):
 
 def test_overlap_matrix_of_known_states():
     same = Work(np.zeros(30), np.zeros(10))
-    np.testing.assert_allclose(report._overlap_matrix(same, 0.0), [[0.75, 0.25], [0.75, 0.25]])
+    np.testing.assert_allclose(of_estimates._overlap_matrix(same, 0.0), [[0.75, 0.25], [0.75, 0.25]])
     apart = Work(np.full(5, 50.0), np.full(5, 50.0))
-    np.testing.assert_allclose(report._overlap_matrix(apart, 0.0), np.eye(2), atol=1e-12)
+    np.testing.assert_allclose(of_estimates._overlap_matrix(apart, 0.0), np.eye(2), atol=1e-12)
     work = crooks_work(300, 100, variance=4.0)
-    matrix = report._overlap_matrix(work, float(estimators.bar(work).delta_f))
+    matrix = of_estimates._overlap_matrix(work, float(estimators.bar(work).delta_f))
     np.testing.assert_allclose(matrix.sum(axis=1), 1.0)
     overlap = estimators.overlap(work)
     assert overlap is not None
@@ -533,17 +534,17 @@ def test_the_users_style_does_not_matter_and_is_left_alone(tmp_path):
 def test_extremes_draw_the_same_curve():
     values = np.random.default_rng(0).normal(size=100_001)
     values[5000:9000] = NAN
-    chosen = report._extremes(values, 500)
+    chosen = drawing.extremes(values, 500)
     assert len(chosen) <= 500
     assert np.all(np.diff(chosen) > 0)
     assert not np.isnan(values[chosen]).any()
     assert {int(np.nanargmin(values)), int(np.nanargmax(values))} <= set(chosen.tolist())
-    assert report._extremes(np.arange(10.0)).tolist() == list(range(10))
-    assert report._extremes(np.full(3000, NAN)).tolist() == []
+    assert drawing.extremes(np.arange(10.0)).tolist() == list(range(10))
+    assert drawing.extremes(np.full(3000, NAN)).tolist() == []
 
 
 def test_numbers_stand_at_their_points():
-    assert report._at_the_point(["-249.153", "0.157(3)", "12", "7(2)"]) == [
+    assert markup._at_the_point(["-249.153", "0.157(3)", "12", "7(2)"]) == [
         "-249.153   ",
         "0.157(3)",
         "12       ",
@@ -552,7 +553,7 @@ def test_numbers_stand_at_their_points():
 
 
 def test_tables_put_numbers_right():
-    text = report._table([("a", "1.5", "x"), ("b", "-20.25(3)", "3 y")], ("name", "value", "note"))
+    text = markup.html_table([("a", "1.5", "x"), ("b", "-20.25(3)", "3 y")], ("name", "value", "note"))
     assert text.count('class="number"') == 3  # the head and two cells
     assert '<td class="number">1.5    </td>' in text
     assert "<td>3 y</td>" in text
