@@ -16,7 +16,8 @@ from pages import PAGES, ROOT, blocks_of, name_of, shell_lines
 
 from freeflow import cli
 from freeflow.config import read
-from freeflow.config.schema import SolutionFileSection, SystemSection
+from freeflow.config.schema import SystemSection
+from freeflow.config.solutions import SolutionFileSection
 from freeflow.geometry import LATTICES
 
 LANGUAGES = {"json", "python", "sh", "text", "yaml"}

@@ -2,9 +2,11 @@
 
 A file is read once and checked once. Every problem is one line that names the file, the line, the
 key and, where there is one, the nearest valid word. Importing this package does not start JAX.
-`schema` says what a file may say, `problems` what is wrong with one, `files` makes systems of them.
+`schema` says what a file may say (with `potentials`, `estimates`, `solutions` and `values`), `problems` what is wrong
+with one, `files` makes systems of them.
 """
 
+from freeflow.config.estimates import AtomicSolidsSection, EstimateSection, ResidualSection
 from freeflow.config.files import (
     ShippedSystem,
     crystal_only,
@@ -18,14 +20,9 @@ from freeflow.config.files import (
     shipped,
     with_absolute_paths,
 )
-from freeflow.config.schema import (
-    STILLINGER_WEBER_PRESETS,
-    AtomicSolidsSection,
-    EstimateSection,
-    ResidualSection,
-    SystemSection,
-    temperature_range,
-)
+from freeflow.config.potentials import STILLINGER_WEBER_PRESETS
+from freeflow.config.schema import SystemSection
+from freeflow.config.values import temperature_range
 from freeflow.config.words import nearest, printable, suggest
 
 __all__ = [

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from freeflow.compiler import require_devices
+from freeflow.config.estimates import EstimateSection
 from freeflow.config.problems import validate
-from freeflow.config.schema import DifferenceSection, EstimateSection, SolutionFileSection, SystemSection
+from freeflow.config.schema import SystemSection
+from freeflow.config.solutions import DifferenceSection, SolutionFileSection
 from freeflow.config.words import KeyPath, nearest, show, show_path
 from freeflow.config.yaml_lines import Dumper, parse
 from freeflow.errors import InputError

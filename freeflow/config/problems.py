@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from freeflow.config.schema import (
-    FLOWS,
-    PAIRS,
-    POTENTIALS,
-    SECTIONS,
-    SOLUTION_SECTIONS,
-    EstimateSection,
-    Section,
-    SystemSection,
-    kind_of_flow,
-)
+from freeflow.config.estimates import EstimateSection, kind_of_flow
+from freeflow.config.schema import FLOWS, PAIRS, POTENTIALS, SECTIONS, SOLUTION_SECTIONS, SystemSection
+from freeflow.config.values import Section
 from freeflow.config.words import KeyPath, describe, nearest, one_line, show, show_key, suggest
 from freeflow.errors import InputError
 from freeflow.units import UNIT_STYLES
