@@ -114,6 +114,23 @@ def test_all_atoms_as_partners_are_as_good_as_a_list():
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("hops", [True, False])
+def test_a_field_has_no_jump_where_the_nearest_image_becomes_another_one(hops):
+    """Neither in a box so small that half of it is within reach: a jump tears the liquid, which no log det tells."""
+    shape = field_shape(2.6, (1.0, 1.1), 0.95, hops)
+    assert shape.pair_end == 1.3 < fluid._PAIR_END * shape.core
+    rng = np.random.default_rng(8)
+    x = rng.uniform(-1.3, 1.3, (3, 3, 20))
+    x[0, 1] = x[0, 0] + 1.3  # the first two of three atoms are half a box apart
+    sides = [jnp.asarray(x + np.eye(3)[0][:, None, None] * np.eye(3)[1][:, None] * shift) for shift in (-1e-7, 1e-7)]
+    ways = [lambda params, x: field(params, x, shape, fluid.partners(x, shape)[0])]
+    ways += [] if hops else [lambda params, x: field(params, x, shape, None)]
+    for way in map(jax.jit, ways):
+        (left, left_divergence), (right, right_divergence) = (way(wild(shape, scale=1.0), x) for x in sides)
+        np.testing.assert_allclose(left, right, atol=1e-4)
+        np.testing.assert_allclose(left_divergence, right_divergence, atol=1e-3)
+
+
 def test_a_field_is_as_symmetric_as_the_cube():
     x, params = positions(5), wild(scale=1.0)
     v, divergence = at_once(params, x)

@@ -40,7 +40,7 @@ from freeflow.types import Bijector, Key, Params, Scalar, ThermodynamicState
 
 # Wave vectors in units of 2 pi / L, one of each star.
 _WAVES = ((1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 0, 0), (2, 1, 0), (2, 1, 1))
-_PAIR_CENTRES, _PAIR_START, _PAIR_SPACING, _PAIR_END = 6, 0.90, 0.11, 1.75  # in core diameters
+_PAIR_CENTRES, _PAIR_START, _PAIR_SPACING, _PAIR_END = 6, 0.90, 0.11, 1.75  # in core diameters; the end at most
 _HOP_CENTRES, _HOP_START, _HOP_SPACING = 2, 1.06, 0.17
 _SHELL_CENTRES = 13
 _PARTNERS = 32  # of an atom, at most; a dense liquid has 14 within reach
@@ -62,6 +62,15 @@ class FieldShape:
     def shell_end(self) -> float:
         """Where shells end: up to here the nearest solute and the next one along each axis are all there are."""
         return self.box_length / math.sqrt(2)
+
+    @property
+    def pair_end(self) -> float:
+        """Where neighbours no longer matter to each other [length].
+
+        Not beyond half the box: there the nearest image of a partner becomes another one, and what had not ended would
+        jump. A map with a jump tears the liquid or folds it, and no log det tells.
+        """
+        return min(_PAIR_END * self.core, self.box_length / 2)
 
 
 def field_shape(box_length: float, radii: tuple[float, float], core: float, hops: bool = True) -> FieldShape:
@@ -204,7 +213,7 @@ def partners(x: Float[Array, "3 n batch"], shape: FieldShape) -> tuple[Int[Array
     if n - 1 <= _PARTNERS:
         slack = jnp.full(batch, jnp.inf, x.dtype)
     else:
-        slack = jnp.min(jnp.sqrt(-nearest[:, :, -1]), axis=1) - _PAIR_END * shape.core
+        slack = jnp.min(jnp.sqrt(-nearest[:, :, -1]), axis=1) - shape.pair_end
     return jnp.transpose(index, (2, 1, 0)), jax.lax.stop_gradient(slack)
 
 
@@ -220,7 +229,7 @@ class _Pair(NamedTuple):
 
 
 def _pair(x: Float[Array, "3 n batch"], partner: Float[Array, "3 n batch"], shape: FieldShape) -> _Pair:
-    box, end = shape.box_length, _PAIR_END * shape.core
+    box, end = shape.box_length, shape.pair_end
     d = x - partner
     d = d - box * jnp.round(d / box)
     # Guarded: beyond the end every function is zero; atoms that meet have a finite gradient.
@@ -321,7 +330,7 @@ def _all_give_way(
     Step s pairs atom i with atom i + s modulo n, as the solvent's kernel does. Sums are written out by component,
     so that the compiler makes one loop of them.
     """
-    n, box, end = x.shape[1], shape.box_length, _PAIR_END * shape.core
+    n, box, end = x.shape[1], shape.box_length, shape.pair_end
     start, spacing = _PAIR_START * shape.core, _PAIR_SPACING * shape.core
     twice, w_twice = jnp.concatenate([x, x], axis=1), jnp.concatenate([w, w], axis=2)
 
