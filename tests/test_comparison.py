@@ -6,6 +6,7 @@ standard errors raise one false alarm in 16 000 per comparison.
 
 import json
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from freeflow.estimators import bar, fep, record
 from freeflow.preparation import fit_reference, learned_flow, prepared
 from freeflow.trajectories import FrameSeries, equilibrium
 from freeflow.types import FlowPlan, TrajectoryPlan, double_precision
+from freeflow.work import BridgeSampler
 
 REFDATA = Path(__file__).resolve().parents[2] / "shared" / "refdata"
 needs_refdata = pytest.mark.skipif(not REFDATA.is_dir(), reason="the reference trajectories are not there")
@@ -107,6 +109,25 @@ def test_bar_with_frames_meets_the_published_value(small, md, way):
     assert result.trajectory["n_frames"] == N
     assert 100 < result.trajectory["n_used"] == len(result.work.reverse) <= N
     assert result.overlap > 0.3
+
+
+def test_frames_out_of_the_range_of_the_ensemble_are_no_samples_and_that_is_said(small, md, monkeypatch):
+    """As where a cell moves: on its sites by the cell that was described, but not by the one that was found."""
+    way = {"bridge": None, **LOOSE}
+    whole = ff.estimate(small, trajectory=str(md), **way)
+
+    def with_two_outside(sampler, *arguments, carry=BridgeSampler.cross_back):
+        first, *others = carry(sampler, *arguments)
+        changed: Future = Future()
+        changed.set_result(np.concatenate([[-np.inf, -np.inf], first.result()[2:]]))
+        return [changed, *others]
+
+    monkeypatch.setattr(BridgeSampler, "cross_back", with_two_outside)
+    result = ff.estimate(small, trajectory=str(md), **way)
+    np.testing.assert_array_equal(result.work.reverse, whole.work.reverse[2:])
+    said = f"2 of {len(whole.work.reverse)} frames are out of this ensemble's range and were left out"
+    assert said in result.warnings and not any("out of this" in warning for warning in whole.warnings)
+    assert math.isfinite(result.beta_f)
 
 
 def test_correlated_frames_widen_the_error_bar(small, md, folder):

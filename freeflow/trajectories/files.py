@@ -17,6 +17,7 @@ without the rotation that a program may have given to the cell, and their strain
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import math
@@ -38,7 +39,7 @@ from freeflow.cells import CELL_MOTIONS, LARGEST_STRETCH, CellMotion, strains_be
 from freeflow.errors import InputError
 from freeflow.geometry import face_distances
 from freeflow.trajectories.alignment import UNKNOWN_SPECIES, formula, to_displacements
-from freeflow.trajectories.xdr import require_sound_xtc, trr_frame
+from freeflow.trajectories.xdr import trr_frame, xtc_frames
 from freeflow.types import Crystal, System
 from freeflow.units import UnitStyle
 
@@ -763,14 +764,13 @@ def _joined(blocks: list[_Block]) -> _Block:
 
 
 def _xtc(request: _Request) -> Iterator[_Block]:
-    from mdtraj.formats import XTCTrajectoryFile
+    with contextlib.closing(xtc_frames(request.path, request.n_atoms, request.chunk, request.stop)) as frames:
 
-    require_sound_xtc(request.path, request.n_atoms, request.stop)
-    with XTCTrajectoryFile(str(request.path)) as file:
-
-        def advance(count: int) -> _Block | None:
-            positions, _, _, cells = file.read(n_frames=count)
-            return _Block(positions, cells, None, _gromacs_rounding(positions))
+        def advance(_: int) -> _Block | None:
+            found = next(frames, None)  # as many as are asked for, which the reader knows
+            if found is None:
+                return None
+            return _Block(found.positions, found.cells, None, _gromacs_rounding(found.positions))
 
         yield from _strided(request, advance)
 

@@ -1,18 +1,27 @@
-"""TRR frames, and the headers of XTC frames, checked before a reader written in C follows what they say.
+"""TRR and XTC frames, checked before and after a reader written in C follows what they say.
 
-A flipped bit in a size is enough to end mdtraj's readers, and the process with them, by a signal.
+A flipped bit is enough to make mdtraj's readers write beyond their memory. TRR is read here. XTC is compressed: what
+headers say is checked first, a process of its own decodes the frames, and these must lie within the corners that their
+headers name.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from freeflow.errors import InputError
+from freeflow.xtc_worker import COUNT, REAL
 
 _XTC_MAGIC, _TRR_MAGIC = 1995, 1993
 _XTC_HEAD, _XTC_PACKING = struct.Struct(">iiif9fi"), struct.Struct(">f3i3iiI")
@@ -20,44 +29,121 @@ _XTC_SMALLEST, _XTC_LARGEST = 9, 72  # indices into the format's table of sizes
 _XTC_PLAIN = 9  # no more atoms than this are stored as floats
 _TRR_HEAD = struct.Struct(">ii4s12s13i")
 _TRR_NAME = b"GMX_trn_file"
+_PATIENCE = 60.0  # with the process that decodes, for a block of frames [s]
 
 
-def require_sound_xtc(path: Path, n_atoms: int, stop: int | None) -> None:
+# --------------------------------------------------------------------------- XTC
+
+
+class XtcFrames(NamedTuple):
+    """Consecutive frames of an XTC file [nm]."""
+
+    positions: Float[np.ndarray, "n_frames n_atoms 3"]  # float32
+    cells: Float[np.ndarray, "n_frames 3 3"]
+
+
+def xtc_frames(path: Path, n_atoms: int, chunk: int, stop: int | None) -> Generator[XtcFrames, None, None]:
+    """Frames of an XTC file, `chunk` at a time, up to a frame number or the end.
+
+    Raises:
+        InputError: If the file is cut short, corrupted or of another number of atoms.
+    """
+    corners = _xtc_corners(path, n_atoms, stop)
+    command = [sys.executable, "-m", "freeflow.xtc_worker", str(path), str(chunk), str(-1 if stop is None else stop)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as worker:
+        try:
+            frame = 0
+            while frame < len(corners):
+                block = _decoded(worker, n_atoms, f"frame {frame} or one of the next {chunk - 1}")
+                if block is None:
+                    raise InputError(f"the reader of XTC files finds no frame {frame}; is the file corrupted?")
+                _require_within(block.positions, corners[frame : frame + len(block.positions)], frame)
+                frame += len(block.positions)
+                yield block
+        finally:
+            worker.kill()
+
+
+def _decoded(worker: subprocess.Popen[bytes], n_atoms: int, where: str) -> XtcFrames | None:
+    """The next block of frames; None at the end."""
+    assert worker.stdout is not None
+    overdue = threading.Timer(_PATIENCE, worker.kill)
+    overdue.start()
+    try:
+        (count,) = COUNT.unpack(worker.stdout.read(COUNT.size))
+        if count < 0:
+            (length,) = COUNT.unpack(worker.stdout.read(COUNT.size))
+            said = " ".join(worker.stdout.read(length).decode(errors="replace").split())
+            raise InputError(f"{where}: the reader of XTC files says {said}; is the file corrupted?")
+        parts = []
+        for shape in ((count, n_atoms, 3), (count, 3, 3)):
+            content = worker.stdout.read(REAL.itemsize * math.prod(shape))
+            parts.append(np.frombuffer(content, REAL).reshape(shape))
+    except (struct.error, ValueError):  # cut off
+        status = worker.wait()
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "broke off"
+        raise InputError(f"{where}: the reader of XTC files {how}; is the file corrupted?") from None
+    finally:
+        overdue.cancel()
+    return XtcFrames(*parts) if count else None
+
+
+def _require_within(
+    positions: Float[np.ndarray, "n_frames n_atoms 3"], corners: Float[np.ndarray, "n_frames 2 3"], first: int
+) -> None:
+    """Corners that a header names are those of the box around the frame's atoms; a frame that goes wrong leaves it."""
+    slack = 2e-6 * (1 + np.abs(corners).max(axis=(1, 2)))[:, None]  # single precision
+    with np.errstate(invalid="ignore"):
+        inside = (positions.min(axis=1) >= corners[:, 0] - slack) & (positions.max(axis=1) <= corners[:, 1] + slack)
+    wrong = np.flatnonzero(~inside.all(axis=1))
+    if wrong.size:
+        raise InputError(f"frame {first + wrong[0]}: atoms are not where its header says; is the file corrupted?")
+
+
+def _xtc_corners(path: Path, n_atoms: int, stop: int | None) -> Float[np.ndarray, "n_frames 2 3"]:
     """Walk through an XTC file from header to header, up to a frame number or the end.
+
+    Returns:
+        Lowest and highest coordinates that every frame's header announces [nm]; infinite where it announces none.
 
     Raises:
         InputError: Naming the frame whose header is corrupted, or which is cut short or of another number of atoms.
     """
-    size, at, frame = path.stat().st_size, 0, 0
+    size, at, corners = path.stat().st_size, 0, []
     with path.open("rb") as file:
-        while at < size and (stop is None or frame < stop):
+        while at < size and (stop is None or len(corners) < stop):
             file.seek(at)
             try:
-                at += _xtc_frame(file, n_atoms)
+                length, found = _xtc_frame(file, n_atoms)
+                at += length
             except struct.error:
                 at = size + 1
             except InputError as error:
-                raise InputError(f"frame {frame}: {error}") from None
+                raise InputError(f"frame {len(corners)}: {error}") from None
             if at > size:
-                raise InputError(f"the file ends inside frame {frame}; is it truncated or corrupted?")
-            frame += 1
+                raise InputError(f"the file ends inside frame {len(corners)}; is it truncated or corrupted?")
+            corners.append(found)
+    return np.array(corners).reshape(-1, 2, 3)
 
 
-def _xtc_frame(file: BinaryIO, n_atoms: int) -> int:
-    """Bytes of the frame that begins here."""
+def _xtc_frame(file: BinaryIO, n_atoms: int) -> tuple[int, list[float]]:
+    """Bytes of the frame that begins here, and its lowest and highest coordinates [nm]."""
     magic, count, _, _, *box, again = _XTC_HEAD.unpack(file.read(_XTC_HEAD.size))
     if magic != _XTC_MAGIC:
         raise InputError(f"cannot be read as XTC (it begins with {magic}, not {_XTC_MAGIC}); is it corrupted?")
     _require(count == again and all(map(math.isfinite, box)))
     _require_count(count, n_atoms)
     if count <= _XTC_PLAIN:
-        return _XTC_HEAD.size + 12 * count
+        return _XTC_HEAD.size + 12 * count, [-math.inf] * 3 + [math.inf] * 3
     precision, *corners, small, n_bytes = _XTC_PACKING.unpack(file.read(_XTC_PACKING.size))
     low, high = corners[:3], corners[3:]
     _require(0 < precision < math.inf and all(a <= b for a, b in zip(low, high, strict=True)))
     # The reader holds 1.2 times the uncompressed coordinates.
     _require(_XTC_SMALLEST <= small <= _XTC_LARGEST and 0 < n_bytes <= 14 * count)
-    return _XTC_HEAD.size + _XTC_PACKING.size + -(-n_bytes // 4) * 4
+    return _XTC_HEAD.size + _XTC_PACKING.size + -(-n_bytes // 4) * 4, [corner / precision for corner in corners]
+
+
+# --------------------------------------------------------------------------- TRR
 
 
 def trr_frame(file: BinaryIO, n_atoms: int) -> tuple[np.ndarray, np.ndarray] | None:
