@@ -572,7 +572,7 @@ def test_damaged_xtc_frames(n_cases, sound_files):
             assert kind != "cut" and found.shape == (N_FRAMES, system.n_atoms, 3)
             # Headers name the corners of the box around the atoms.
             assert np.isfinite(found).all() and np.ptp(found, axis=(1, 2)).max() < 1.1 * system.crystal.cell[0, 0]
-    assert n_cases / 10 < len(refusals) < n_cases
+    assert len(refusals) > n_cases / 2
 
 
 def test_sound_trajectories_are_accepted(sound_files):
