@@ -43,7 +43,13 @@ class XtcFrames(NamedTuple):
 
 
 def xtc_frames(path: Path, n_atoms: int, chunk: int, stop: int | None) -> Generator[XtcFrames, None, None]:
-    """Frames of an XTC file, `chunk` at a time, up to a frame number or the end.
+    """Frames of an XTC file, block after block, from the first one on.
+
+    Args:
+        path: The file.
+        n_atoms: That every frame must have.
+        chunk: Frames of a block, at most.
+        stop: Frame to stop before; None for the end of the file.
 
     Raises:
         InputError: If the file is cut short, corrupted or of another number of atoms.
