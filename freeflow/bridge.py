@@ -225,6 +225,7 @@ class Pilot(NamedTuple):
     acceptance: np.ndarray  # (n_segments,)
     work: np.ndarray  # (n_segments, n_samples), work done in each segment [kT]
     lost: float  # share of the samples in which an atom left its site
+    arrivals: np.ndarray | None = None  # (n_arrived, rows, 3) white z of the others, where they ended
 
 
 class Pace:

@@ -29,7 +29,7 @@ from freeflow.cells import (
     strain_of,
     within_reach,
 )
-from freeflow.references import CellGaussian, DisplacementFit, Gaussian, GaussianCrystal, gaussian_crystal
+from freeflow.references import CellGaussian, DisplacementFit, Gaussian, GaussianCrystal, far_wider, gaussian_crystal
 from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, System, ThermodynamicState
 
 # Strain by which curvatures are found from differences, and by which the mean moves in one step at most.
@@ -213,6 +213,33 @@ class IsobaricFit:
             inner=self.inner - answer @ root,
         )
         return better, float(gain)
+
+    def widened(self, z: np.ndarray) -> tuple[IsobaricFit, int]:
+        """See `freeflow.references.FitStep`; displacements also follow the strains that are widened."""
+        n, k = self.displacements.crystal.n_atoms, self.motion.n_strains
+        turn = strain_operations(self.displacements.crystal, self.motion)
+        strains = z[:, n:].reshape(len(z), -1)[:, :k]
+        mean = turn.mean(axis=0) @ strains.mean(axis=0)
+        apart = strains - mean
+        values, vectors = np.linalg.eigh(_average(turn, apart.T @ apart / len(z)))
+        wide = far_wider(values, len(z))
+        axes = vectors[:, wide]
+        followed = np.einsum("sni,sk->nik", z[:, :n], apart @ axes / values[wide]) @ axes.T / len(z)
+        answer = self._periodic(followed, turn)
+        rest = z[:, :n] - np.einsum("nik,sk->sni", _whitened(self.displacements, answer), apart)
+        displacements, n_wide = self.displacements.widened(rest)
+        if not wide.any() and not n_wide:
+            return self, 0
+        root, inverse = _power(self.precision, 0.5), _power(self.precision, -0.5)
+        inside = (vectors * np.where(wide, 1 / np.where(wide, values, 1.0), 1.0)) @ vectors.T
+        wider = replace(
+            self,
+            displacements=displacements,
+            precision=root @ inside @ root,
+            strain=self.strain + inverse @ mean,
+            inner=self.inner + answer @ root,
+        )
+        return wider, n_wide + int(wide.sum())
 
     def _periodic(self, pulled: np.ndarray, turn: np.ndarray) -> np.ndarray:
         """Displacements of the basis atoms per strain that answer whitened gradients (n_atoms, 3, n_strains)."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from freeflow import memory, observables, team
-from freeflow.bridge import BridgeParams, Pilot, Schedule
+from freeflow.bridge import Pilot, Schedule
 from freeflow.config import load_crystal, revise
 from freeflow.errors import InputError
 from freeflow.estimators import ESTIMATORS, Estimator, bar, diagnose, record, reliability, statistical_inefficiency
@@ -37,7 +37,7 @@ from freeflow.preparation import (
     tune,
     with_reference,
 )
-from freeflow.references import Fit, Gaussian
+from freeflow.references import Gaussian
 from freeflow.result import Result, Status, provenance
 from freeflow.stopping import StoppingRule
 from freeflow.trajectories import Equilibrium
@@ -146,14 +146,14 @@ def carried_out(
             try:
                 with with_reference(system, plan, flow, report, batch) as (run, fit):
                     clock.lap("reference")
-                    crossing = tune(run, fit.gaussian, report, pilot)
+                    crossing = tune(run, fit, report, pilot)
                     clock.lap("tuning")
                     # A cell that moves may have been given another reference.
                     mine = None if frames is None else frames.in_reference(system.crystal, run.system.crystal)
-                    back = None if mine is None else _carry_back(run, fit.gaussian, crossing, mine, report)
-                    samples = _sample_until(run, fit.gaussian, crossing, back, observe, report)
+                    back = None if mine is None else _carry_back(run, crossing, mine, report)
+                    samples = _sample_until(run, crossing, back, observe, report)
                     clock.lap("sampling")
-                    return replace(_result(run, fit, samples, mine, clock), pilot=crossing.pilot)
+                    return replace(_result(run, crossing.reference, samples, mine, clock), pilot=crossing.pilot)
             except Exception as error:
                 # A process of a team cannot take another way than the others.
                 if not memory.ran_out(error) or batch == 1 or team.size() > 1:
@@ -224,7 +224,7 @@ def _estimator(run: Run, samples: Samples) -> Estimator:
     return ESTIMATORS[run.plan.estimator]
 
 
-def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equilibrium, report: Report) -> Frames:
+def _carry_back(run: Run, crossing: Crossings, frames: Equilibrium, report: Report) -> Frames:
     """Reverse work of the frames: of all in memory without a bridge, of independent ones where each has to cross it."""
     stages = int(crossing.schedule.counts.sum())
     most = 2 * fewest_samples(run.system, run.plan) if stages else run.plan.max_samples
@@ -236,8 +236,7 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
         nonlocal moved
         moved += evaluations
 
-    params = BridgeParams(gaussian, crossing.schedule)
-    jobs = run.sampler.cross_back(params, given, on_segment)
+    jobs = run.sampler.cross_back(crossing.params, given, on_segment)
     try:
         for _ in looks(jobs):
             text = f"{n_frames} frames on their way to the reference"
@@ -257,7 +256,6 @@ def _carry_back(run: Run, gaussian: Gaussian, crossing: Crossings, frames: Equil
 
 def _sample_until(
     run: Run,
-    gaussian: Gaussian,
     crossing: Crossings,
     frames: Frames | None,
     observe: Observe | None,
@@ -266,7 +264,7 @@ def _sample_until(
     """Batches of samples until the stopping rule is content, the limit is reached, or Ctrl-C."""
     samples, jobs = Samples(frames=frames), list[Future[Crossing | None]]()
     try:
-        _draw(run, gaussian, crossing, observe, report, samples, jobs)
+        _draw(run, crossing, observe, report, samples, jobs)
     except KeyboardInterrupt:  # wherever it struck, what has arrived is kept
         run.sampler.stop()
         samples.crossings += completed(jobs)
@@ -278,7 +276,6 @@ def _sample_until(
 
 def _draw(
     run: Run,
-    gaussian: Gaussian,
     crossing: Crossings,
     observe: Observe | None,
     report: Report,
@@ -306,7 +303,7 @@ def _draw(
         batches = range(begun, begun + math.ceil(more / sampler.batch))
         begun = batches.stop
         with uninterrupted():  # else what had been handed out would be lost
-            jobs += sampler.cross(BridgeParams(gaussian, crossing.schedule), batches, told.moved, settle, observe)
+            jobs += sampler.cross(crossing.params, batches, told.moved, settle, observe)
         for _ in looks(jobs):
             told.tick()
         arrived = team.gathered(completed(jobs))
@@ -357,7 +354,7 @@ class _Teller:
 # ------------------------------------------------------------------------- the answer
 
 
-def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, clock: Clock) -> Result:
+def _result(run: Run, reference: Gaussian, samples: Samples, frames: Equilibrium | None, clock: Clock) -> Result:
     """Everything a user should know about the answer."""
     system, plan = run.system, run.plan
     work = record(samples.forward, samples.reverse)
@@ -367,7 +364,7 @@ def _result(run: Run, fit: Fit, samples: Samples, frames: Equilibrium | None, cl
     delta_f, error = float(answer.delta_f), float(answer.std_error)
     if not math.isfinite(delta_f):  # no sample arrived: that is no answer, not an infinite one
         delta_f = error = math.nan
-    ensemble: Ensemble = run.recipe.ensemble(fit.gaussian)
+    ensemble: Ensemble = run.recipe.ensemble(reference)
     components = {
         "lattice energy": system.constants["lattice energy"],
         "reference": -float(ensemble.log_partition(system.state)),

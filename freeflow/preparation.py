@@ -57,6 +57,7 @@ _BATCH_OUTSIDE = 16  # samples that move together where a potential is not ours
 # less than this from the reference cell, and that must be the case after so many references.
 _CELL_SKIN, _AT_REST, _CELLS = 1.03, 0.01, 8
 _CELL_SAMPLES = 256  # per iteration of the fit of a cell that moves
+_WIDENINGS = 6  # of the reference, at most, in modes that are far wider in the crystal
 _BLUR = 0.02  # rounding error of the whole crystal's energy that float32 kernels may have [kT]
 
 
@@ -484,73 +485,116 @@ def with_reference(
 class Crossings(NamedTuple):
     """How samples are to be carried over."""
 
+    reference: Gaussian  # where they start
     schedule: Schedule  # without segments: no bridge
     pilot: Pilot | None
     variance: float  # of the work, foreseen [kT^2]; infinite where the user chose the stages
     max_samples: int
 
+    @property
+    def params(self) -> BridgeParams:
+        """The bridge itself."""
+        return BridgeParams(self.reference, self.schedule)
 
-def tune(run: Run, gaussian: Gaussian, report: Report, known: Pilot | None = None) -> Crossings:
-    """How many stages the bridge gets, where they lie and how large their steps are.
+
+def tune(run: Run, fit: Fit, report: Report, known: Pilot | None = None) -> Crossings:
+    """Where the bridge starts, how many stages it gets, where they lie and how large their steps are.
 
     Args:
         run: What to cross to.
-        gaussian: The reference.
+        fit: The reference.
         report: Told what is going on.
         known: A trial crossing of the same crystal in another state; it stands for the first of two.
     """
     if run.plan.bridge is None:
-        return _no_bridge(run)
+        return _no_bridge(run, fit.gaussian)
     spend = effort(run.system, run.plan)
     trial = spend.trial_samples if run.flow is None else _TRIAL_SAMPLES
     if (
         trial is not None
         and run.plan.bridge == "auto"
         and run.plan.estimator == "fep"
-        and _needs_no_bridge(run, gaussian, trial)
+        and _needs_no_bridge(run, fit.gaussian, trial)
     ):
-        return _no_bridge(run)
-    if known is None or spend.only_pilot is not None:
-        report(Progress("tuning", 0.0, "first trial crossing"))
-        pilot = run.sampler.pilot(
-            gaussian,
-            lambda lam: report(Progress("tuning", 0.3 * lam, "first trial crossing")),
-            n_samples=spend.pilot_samples,
-            stages=spend.only_pilot,
-        )
-    else:
-        pilot = known
-    if spend.only_pilot is None:
-        # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
-        slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
-        pilot = run.sampler.pilot(
-            gaussian,
-            lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, "second trial crossing")),
-            bridges.schedule_from(pilot, slower),
-            spend.pilot_samples,
-        )
+        return _no_bridge(run, fit.gaussian)
+    pilot = _trial_crossing(run, fit.gaussian, spend, report, known)
+    gaussian, pilot = _widened(run, fit, spend, report, pilot)
+    pilot = pilot._replace(arrivals=None)  # they have served
     if isinstance(run.plan.bridge, int):
-        return Crossings(bridges.schedule_from(pilot, run.plan.bridge), pilot, math.inf, run.plan.max_samples)
+        schedule = bridges.schedule_from(pilot, run.plan.bridge)
+        return Crossings(gaussian, schedule, pilot, math.inf, run.plan.max_samples)
     few = min(_MIN_SAMPLES, run.plan.max_samples)
-    short = Crossings(bridges.schedule_from(pilot, int(pilot.counts.sum())), pilot, math.inf, few)
+    short = Crossings(gaussian, bridges.schedule_from(pilot, int(pilot.counts.sum())), pilot, math.inf, few)
     if pilot.lost > _MELTED:  # no crystal: a few samples will say so as well as many
         return short
     stages, variance = _stages(run, pilot)
     if stages == (most := _most_stages(run.system)):
         run.warnings.append(f"a sound bridge would take more than {most} stages; this one is far too short")
         return short
-    return Crossings(bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
+    return Crossings(gaussian, bridges.schedule_from(pilot, stages), pilot, variance, run.plan.max_samples)
 
 
-def _no_bridge(run: Run) -> Crossings:
+def _trial_crossing(
+    run: Run,
+    gaussian: Gaussian,
+    spend: Effort,
+    report: Report,
+    known: Pilot | None = None,
+    name: str = "trial crossing",
+) -> Pilot:
+    """What crossing takes, from one pilot or two; one that is known already stands for the first of two."""
+    if known is None or spend.only_pilot is not None:
+        report(Progress("tuning", 0.0, f"first {name}"))
+        pilot = run.sampler.pilot(
+            gaussian,
+            lambda lam: report(Progress("tuning", 0.3 * lam, f"first {name}")),
+            n_samples=spend.pilot_samples,
+            stages=spend.only_pilot,
+        )
+    else:
+        pilot = known
+    if spend.only_pilot is not None:
+        return pilot
+    # The first pilot hurries past whatever relaxes slowly; a second one, slow enough, sees the friction.
+    slower = int(np.clip(0.6 * bridges.thermodynamic_length(pilot) ** 2, *spend.second_pilot))
+    return run.sampler.pilot(
+        gaussian,
+        lambda lam: report(Progress("tuning", 0.3 + 0.7 * lam, f"second {name}")),
+        bridges.schedule_from(pilot, slower),
+        spend.pilot_samples,
+    )
+
+
+def _widened(run: Run, fit: Fit, spend: Effort, report: Report, pilot: Pilot) -> tuple[Gaussian, Pilot]:
+    """A reference as wide as the crystal in modes that the fit took for far narrower, and the pilot from it.
+
+    The Gaussian of least KL(q || target) stays inside the target. Where a mode has two wells, or is wide because the
+    others like it so, that is far too narrow, and arrivals of the pilot tell. They lag behind: it takes some rounds.
+    Lengths say nothing here, since a fast pilot does not see the friction of a mode that it leaves behind.
+    """
+    gaussian, step = fit.gaussian, fit.step
+    if step is None or run.plan.reference != "self_consistent" or spend.only_pilot is not None:
+        return gaussian, pilot
+    for _ in range(_WIDENINGS):
+        if pilot.arrivals is None or pilot.lost > _MELTED:
+            break
+        step, n_wide = step.widened(pilot.arrivals)
+        if not n_wide:
+            break
+        gaussian, name = step.gaussian(), f"trial crossing, reference wider in {n_wide} modes"
+        pilot = _trial_crossing(run, gaussian, spend, report, name=name)
+    return gaussian, pilot
+
+
+def _no_bridge(run: Run, gaussian: Gaussian) -> Crossings:
     nothing = np.empty(0)
     none = Schedule(np.array([0.0]), nothing, nothing.astype(np.int32))
-    return Crossings(none, None, math.inf, run.plan.max_samples)
+    return Crossings(gaussian, none, None, math.inf, run.plan.max_samples)
 
 
 def _needs_no_bridge(run: Run, gaussian: Gaussian, n_samples: int) -> bool:
     """Whether samples that are carried over at once, by a flow or as they are, have weights even enough."""
-    none = BridgeParams(gaussian, _no_bridge(run).schedule)
+    none = _no_bridge(run, gaussian).params
     # Far from the batches of the run, so that no random number serves twice.
     batches = range(2**30, 2**30 + -(-n_samples // run.sampler.batch))
     arrived = team.gathered(completed(run.sampler.cross(none, batches), wait_for_all=True))

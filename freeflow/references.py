@@ -32,6 +32,8 @@ _STABILITY = 1e-6
 # much more after one that did not: part of what is promised is noise, which grows with the crystal.
 _NEGLIGIBLE_GAIN = 0.02, 2e-5
 _SMALL_GAIN = 0.5, 1e-3
+# Variance of a white coordinate in the target, beyond what chance gives, from which on a mode counts as far too narrow.
+_FAR_WIDER = 2.0
 
 
 class CellGaussian(NamedTuple):
@@ -297,6 +299,7 @@ class Fit(NamedTuple):
     energy_evaluations: int
     kl_bound: float  # <u_B - u_A> - ln Z_A under the reference: an upper bound of -ln Z_B [kT]
     iterations: int
+    step: FitStep | None = None  # that the Gaussian came from; None where nothing was fitted
 
 
 EvaluateFn = Callable[
@@ -357,6 +360,10 @@ class FitStep(Protocol):
         """The next one, from samples and the target's gradient with respect to z, and the KL gain foreseen [kT]."""
         ...
 
+    def widened(self, z: np.ndarray) -> tuple[Any, int]:
+        """The one as wide as samples z of the target in modes that are far too narrow, and how many these are."""
+        ...
+
 
 @dataclass(frozen=True)
 class DisplacementFit:
@@ -405,6 +412,19 @@ class DisplacementFit:
         mean = self.mean - _symmetric_vector(crystal, self.periodic_step(gradient.mean(axis=0)))
         return replace(self, blocks=blocks, mean=mean), gain
 
+    def widened(self, z: np.ndarray) -> tuple[DisplacementFit, int]:
+        """See `FitStep`."""
+        crystal, root = self.crystal, self.root_precision
+        mean = _symmetric_vector(crystal, z.mean(axis=0))
+        values, vectors = np.linalg.eigh(_covariance(crystal, z - mean, z - mean))
+        wide = far_wider(values, len(z))
+        if self.isotropic or not wide.any():
+            return self, 0
+        narrowing = np.where(wide, 1 / np.where(wide, values, 1.0), 1.0)
+        inside = np.einsum("qik,qk,qjk->qij", vectors, narrowing, np.conj(vectors), optimize=True)
+        moved = self.mean + _symmetric_vector(crystal, self.periodic_step(mean))
+        return replace(self, blocks=_blocks(crystal, root @ inside @ root), mean=moved), int(wide.sum())
+
 
 def converged(
     recipe: GaussianCrystal,
@@ -431,7 +451,7 @@ def converged(
     """
     rng, n_atoms = np.random.default_rng(seed), recipe.crystal.n_atoms
     bounds: list[float] = []
-    best: tuple[float, Any] | None = None
+    best: tuple[float, Any, FitStep] | None = None
     for iteration in range(max_iterations):
         gaussian = step.gaussian()
         half = step.noise(rng, n_samples // 2)
@@ -446,7 +466,7 @@ def converged(
         bounds.append(float(excess.mean()) - recipe.log_normalisation(gaussian))
         progress(iteration, bounds[-1] / n_atoms)
         if best is None or bounds[-1] < best[0]:
-            best = (bounds[-1], gaussian)
+            best = (bounds[-1], gaussian, step)
         step, gain = step.improved(z, g)
         noise = float(excess.std() / math.sqrt(n_samples / 2))
         negligible, small = (max(total, per_atom * n_atoms) for total, per_atom in (_NEGLIGIBLE_GAIN, _SMALL_GAIN))
@@ -454,7 +474,17 @@ def converged(
         if stalled or gain < negligible:
             break
     assert best is not None
-    return Fit(best[1], n_samples * len(bounds), best[0], len(bounds))
+    bound, gaussian, step = best
+    return Fit(gaussian, n_samples * len(bounds), bound, len(bounds), step)
+
+
+def far_wider(values: np.ndarray, n_samples: int) -> np.ndarray:
+    """Which eigenvalues (..., d) of a covariance of white coordinates are of modes far wider than the reference.
+
+    Chance alone brings those of n samples of d coordinates up to (1 + sqrt(d / n))^2 (Marchenko and Pastur, Math. USSR
+    Sb. 1, 457, 1967).
+    """
+    return values > _FAR_WIDER * (1 + math.sqrt(values.shape[-1] / n_samples)) ** 2
 
 
 def _uniform_newton(crystal: Crystal, root_p: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -467,21 +497,26 @@ def _uniform_newton(crystal: Crystal, root_p: np.ndarray, g: np.ndarray) -> np.n
 
 def _correction(crystal: Crystal, z: np.ndarray, rest: np.ndarray, isotropic: bool) -> tuple[np.ndarray, float]:
     """Hermitian <rest z^T> per wave vector, kept from overshooting, and the KL gain it promises [kT]."""
-    n, (n_translations, n_basis) = len(z), crystal.site_of.shape
+    product = _covariance(crystal, rest, z)
+    if isotropic:
+        product = _spectrum(crystal, isotropic_blocks(crystal, _blocks(crystal, product)))
+    values, vectors = np.linalg.eigh(product)
+    gain = float(0.25 * (values**2).sum())
+    bounded = np.clip(values, -0.6, 1.5)
+    return np.einsum("qik,qk,qjk->qij", vectors, bounded, np.conj(vectors), optimize=True), gain
+
+
+def _covariance(crystal: Crystal, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Hermitian part of <x y^T> per wave vector, averaged over the crystal's symmetry (n_translations, 3b, 3b)."""
+    n, (n_translations, n_basis) = len(x), crystal.site_of.shape
 
     def waves(x: np.ndarray) -> np.ndarray:
         grid = x[:, crystal.site_of].reshape(n, *crystal.group, 3 * n_basis)
         return np.fft.fftn(grid, axes=(1, 2, 3)).reshape(n, n_translations, 3 * n_basis)
 
-    product = np.einsum("nqi,nqj->qij", waves(rest), np.conj(waves(z)), optimize=True) / (n * n_translations)
+    product = np.einsum("nqi,nqj->qij", waves(x), np.conj(waves(y)), optimize=True) / (n * n_translations)
     blocks = _blocks(crystal, 0.5 * (product + np.conj(product.transpose(0, 2, 1))))
-    blocks = symmetrised(crystal, blocks)
-    if isotropic:
-        blocks = isotropic_blocks(crystal, blocks)
-    values, vectors = np.linalg.eigh(_spectrum(crystal, blocks))
-    gain = float(0.25 * (values**2).sum())
-    bounded = np.clip(values, -0.6, 1.5)
-    return np.einsum("qik,qk,qjk->qij", vectors, bounded, np.conj(vectors), optimize=True), gain
+    return _spectrum(crystal, symmetrised(crystal, blocks))
 
 
 def _symmetric_vector(crystal: Crystal, x: np.ndarray) -> np.ndarray:

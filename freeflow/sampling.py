@@ -20,7 +20,7 @@ from rich.text import Text
 
 from freeflow import bridge as bridges
 from freeflow import team
-from freeflow.bridge import BridgeParams, Pilot, Schedule, Segment
+from freeflow.bridge import Pilot, Schedule, Segment
 from freeflow.cells import Strained, stretches
 from freeflow.documents import JSON_VERSION, Document, write_atomically
 from freeflow.errors import InputError, LostCrystalError
@@ -31,7 +31,7 @@ from freeflow.interrupts import looks
 from freeflow.observers import observed_crystal
 from freeflow.pipeline import settled
 from freeflow.preparation import Clock, Progress, Report, Run, learned_flow, tune, with_reference
-from freeflow.references import Gaussian
+from freeflow.references import Fit, Gaussian
 from freeflow.result import provenance
 from freeflow.trajectories import energies, require_writable, rows_of, write
 from freeflow.types import Plan, System, double_precision
@@ -194,7 +194,7 @@ def sample(
             if method == "mcmc":
                 drawn = _monte_carlo(run, fit.gaussian, n_samples, report)
             else:
-                drawn = _from_model(run, fit.gaussian, n_samples, report, resample=method == "resampled")
+                drawn = _from_model(run, fit, n_samples, report, resample=method == "resampled")
             evaluations = sum(run.sampler.energy_evaluations.values())
     clock.lap("sampling")
     u, strains = _parts(drawn.configurations)
@@ -381,18 +381,17 @@ def _equilibrate(crowd: Crowd, step: float, report: Report) -> _Equilibrium:
 # ------------------------------------------------------------------------------ the model
 
 
-def _from_model(run: Run, gaussian: Gaussian, n: int, report: Report, resample: bool) -> _Drawn:
+def _from_model(run: Run, fit: Fit, n: int, report: Report, resample: bool) -> _Drawn:
     """Independent samples that crossed the bridge or came through the flow."""
     sampler = run.sampler
-    crossing = tune(run, gaussian, report)
+    crossing = tune(run, fit, report)
     stages, moved = int(crossing.schedule.counts.sum()), 0
 
     def on_segment(evaluations: int) -> None:  # called from the sampling threads; a lost update would dent the bar
         nonlocal moved
         moved += evaluations
 
-    params = BridgeParams(gaussian, crossing.schedule)
-    jobs = sampler.cross(params, range(-(-n // sampler.batch)), on_segment, observe=observed_crystal)
+    jobs = sampler.cross(crossing.params, range(-(-n // sampler.batch)), on_segment, observe=observed_crystal)
     status = "complete"
     try:
         for _ in looks(jobs):

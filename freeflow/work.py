@@ -403,7 +403,8 @@ class BridgeSampler:
             crowd.move(segment, "tuning")
             pace.learn(crowd.read("work"), crowd.read("accepted"))
             on_segment(pace.lam)
-        return pace.pilot(float(np.mean(~np.isfinite(crowd.corrections()))))
+        arrived = np.isfinite(crowd.corrections())
+        return pace.pilot(float(np.mean(~arrived)))._replace(arrivals=crowd.read("z")[arrived])
 
 
 class Crowd:

@@ -1,5 +1,6 @@
 """Constant pressure: the measure of the cell, references with strain, and free energies that are known."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -174,6 +175,28 @@ def test_a_cubic_crystal_stays_cubic_in_the_mean():
     np.testing.assert_allclose(cell.strain[1:], 0, atol=1e-12)
     np.testing.assert_allclose(np.diag(cell.root)[3:], cell.root[5, 5], rtol=1e-9)
     np.testing.assert_allclose(cell.root[0, 1:], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["orthorhombic", "inner strain"])
+def test_a_strain_that_is_far_too_narrow_is_widened(name):
+    """From samples of the elastic crystal, for a reference whose strains are six times too narrow and drag no atom."""
+    recipe, _, start, fit = fitted(name)
+    keys = jax.random.split(jax.random.key(2), 4096)
+    samples = jax.vmap(lambda key: recipe.colour(fit.gaussian, recipe.noise(key, "float64")))(keys)
+    narrow = dataclasses.replace(start, precision=36 * STIFF * np.eye(len(start.precision)), inner=0 * start.inner)
+
+    def white(step):
+        return np.asarray(jax.vmap(lambda x: recipe.whiten(step.gaussian(), x))(samples))
+
+    wider, count = narrow.widened(white(narrow))
+    assert count >= len(start.precision)
+    expected = np.asarray(fit.gaussian.cell.inverse_root @ fit.gaussian.cell.inverse_root)
+    np.testing.assert_allclose(wider.precision, expected, rtol=0.1, atol=0.08 * STIFF)
+    np.testing.assert_allclose(wider.inner, fit.gaussian.cell.inner, atol=0.06)
+    z = white(wider)
+    assert wider.widened(z)[1] == 0
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=0.1)
+    assert np.isfinite(np.asarray(wider.gaussian().log_det))
 
 
 # ------------------------------------------------------------------ the reference's own map

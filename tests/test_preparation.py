@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import freeflow as ff
+from freeflow import preparation
+from freeflow.bridge import Pilot
 from freeflow.config import load_crystal
 from freeflow.preparation import effort, fewest_samples
+from freeflow.references import Fit
 from freeflow.types import FlowPlan
 
 
@@ -35,6 +39,34 @@ def test_a_bridge_is_slow_even_where_a_fast_one_costs_little_work():
     system = load_crystal("mw_cubic_8")
     assert effort(system, system.plan).fewest_stages == 128
     assert effort(system, replace(system.plan, flow=FlowPlan(checkpoint="shipped"))).fewest_stages == 32
+
+
+class Widening:
+    """A fit that finds modes to widen a number of times; its Gaussian is the number of times that it did."""
+
+    def __init__(self, rounds, done=0):
+        self.rounds, self.done = rounds, done
+
+    def gaussian(self):
+        return self.done
+
+    def widened(self, z):
+        return (Widening(self.rounds, self.done + 1), 2) if self.done < self.rounds else (self, 0)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "changes", "expected"), [(0, {}, 0), (2, {}, 2), (99, {}, 6), (2, {"lost": 0.2}, 0)]
+)
+def test_references_are_widened_until_arrivals_fit(monkeypatch, rounds, changes, expected):
+    pilot = Pilot(*[np.ones(1)] * 5, 0.0, np.ones((4, 8, 3)))._replace(**changes)
+    monkeypatch.setattr(preparation, "_trial_crossing", lambda *_, **__: pilot)
+    run = SimpleNamespace(plan=load_crystal("mw_cubic_8").plan)
+    spend = effort(load_crystal("mw_cubic_8"), run.plan)
+    fit = Fit(0, 0, 0.0, 0, Widening(rounds))
+    assert preparation._widened(run, fit, spend, lambda _: None, pilot)[0] == expected
+    for reference in ("einstein", "harmonic"):  # as asked for
+        run = SimpleNamespace(plan=replace(run.plan, reference=reference))
+        assert preparation._widened(run, fit, spend, lambda _: None, pilot)[0] == 0
 
 
 @pytest.mark.slow

@@ -16,6 +16,9 @@ from freeflow.errors import InputError, UnstableCrystalError
 from freeflow.geometry import nearest_image_table, neighbour_table
 from freeflow.potentials import force_constants, lennard_jones
 from freeflow.references import (
+    DisplacementFit,
+    _blocks,
+    far_wider,
     fit_self_consistent,
     gaussian_crystal,
     gaussian_from_blocks,
@@ -389,6 +392,43 @@ def fitted(name):
     recipe = gaussian_crystal(system.crystal)
     evaluate = evaluator(recipe, lambda u: system.target.reduced_potential(u, system.state))
     return fit_self_consistent(recipe, blocks, evaluate, seed=0), evaluate
+
+
+def displacement_samples(recipe, gaussian, n):
+    """White z of samples of a Gaussian, as `recipe` sees them from another."""
+    keys = jax.random.split(jax.random.key(3), n)
+    return jax.vmap(lambda key: recipe.colour(gaussian, recipe.noise(key, "float64")))(keys)
+
+
+def test_modes_that_are_far_too_narrow_are_widened():
+    """From samples of the same Gaussian with three modes five times as wide: the sublattices against each other."""
+    system, blocks = harmonic("mw_cubic_8")
+    crystal, recipe = system.crystal, gaussian_crystal(system.crystal)
+    narrow = DisplacementFit.start(crystal, blocks)
+    values, vectors = np.linalg.eigh(narrow.root_precision[0].real)
+    axis = vectors[:, 3:6]  # after the uniform translations; triply degenerate
+    wide = narrow.root_precision.copy()
+    wide[0] = wide[0] - 0.8 * axis * values[3:6] @ axis.T
+    target = dataclasses.replace(narrow, blocks=_blocks(crystal, wide @ wide))
+
+    u = displacement_samples(recipe, target.gaussian(), 4096)
+    z = np.asarray(jax.vmap(lambda u: recipe.whiten(narrow.gaussian(), u))(u))
+    wider, count = narrow.widened(z)
+    assert count == 3
+    root, expected = (np.asarray(fit.gaussian().root) for fit in (wider, target))
+    np.testing.assert_allclose(root, expected, atol=0.03 * np.abs(expected).max())
+    np.testing.assert_allclose(wider.mean, 0, atol=1e-12)  # by symmetry
+    z = np.asarray(jax.vmap(lambda u: recipe.whiten(wider.gaussian(), u))(u))
+    again, count = wider.widened(z)
+    assert count == 0 and again is wider
+    einstein = dataclasses.replace(narrow, isotropic=True)
+    assert einstein.widened(5 * z) == (einstein, 0)
+
+
+def test_chance_widens_nothing():
+    """Of 200 covariances of 64 samples of six coordinates none may seem wide: the threshold is 3.4, two in 1e9 pass."""
+    z = np.random.default_rng(0).standard_normal((200, 64, 6))
+    assert not far_wider(np.linalg.eigvalsh(np.swapaxes(z, 1, 2) @ z / 64), 64).any()
 
 
 def test_the_bound_lies_between_the_truth_and_the_harmonic_crystal():
