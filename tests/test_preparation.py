@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import freeflow as ff
 from freeflow import preparation
 from freeflow.bridge import Pilot
 from freeflow.config import load_crystal
-from freeflow.preparation import effort, fewest_samples
-from freeflow.references import Fit
-from freeflow.types import FlowPlan
+from freeflow.preparation import effort, fewest_samples, prepared
+from freeflow.references import Fit, Gaussian
+from freeflow.types import FlowPlan, double_precision
 
 
 def test_preparations_are_cut_short_for_loose_targets_only():
@@ -41,32 +40,42 @@ def test_a_bridge_is_slow_even_where_a_fast_one_costs_little_work():
     assert effort(system, replace(system.plan, flow=FlowPlan(checkpoint="shipped"))).fewest_stages == 32
 
 
+@pytest.fixture(scope="module")
+def run():
+    system = load_crystal("mw_cubic_8")
+    with double_precision(), prepared(system, system.plan) as run:
+        yield run
+
+
 class Widening:
-    """A fit that finds modes to widen a number of times; its Gaussian is the number of times that it did."""
+    """A fit that finds modes to widen a number of times; its Gaussian's log_det is how often it did so."""
 
     def __init__(self, rounds, done=0):
         self.rounds, self.done = rounds, done
 
     def gaussian(self):
-        return self.done
+        return Gaussian(np.zeros((8, 3)), np.eye(24), np.eye(24), np.float64(self.done))
+
+    def noise(self, rng, n):
+        return rng.standard_normal((n, 8, 3))
+
+    def improved(self, z, gradient):
+        return self, 0.0
 
     def widened(self, z):
         return (Widening(self.rounds, self.done + 1), 2) if self.done < self.rounds else (self, 0)
 
 
-@pytest.mark.parametrize(
-    ("rounds", "changes", "expected"), [(0, {}, 0), (2, {}, 2), (99, {}, 6), (2, {"lost": 0.2}, 0)]
-)
-def test_references_are_widened_until_arrivals_fit(monkeypatch, rounds, changes, expected):
-    pilot = Pilot(*[np.ones(1)] * 5, 0.0, np.ones((4, 8, 3)))._replace(**changes)
+@pytest.mark.parametrize(("rounds", "lost", "expected"), [(0, 0.0, 0), (2, 0.0, 2), (99, 0.0, 6), (2, 0.2, 0)])
+def test_references_are_widened_until_arrivals_fit(monkeypatch, run, rounds, lost, expected):
+    pilot = Pilot(*[np.ones(1)] * 5, lost, np.ones((4, 8, 3)))
     monkeypatch.setattr(preparation, "_trial_crossing", lambda *_, **__: pilot)
-    run = SimpleNamespace(plan=load_crystal("mw_cubic_8").plan)
-    spend = effort(load_crystal("mw_cubic_8"), run.plan)
-    fit = Fit(0, 0, 0.0, 0, Widening(rounds))
-    assert preparation._widened(run, fit, spend, lambda _: None, pilot)[0] == expected
-    for reference in ("einstein", "harmonic"):  # as asked for
-        run = SimpleNamespace(plan=replace(run.plan, reference=reference))
-        assert preparation._widened(run, fit, spend, lambda _: None, pilot)[0] == 0
+    step, spend = Widening(rounds), effort(run.system, run.plan)
+    fit = Fit(step.gaussian(), 0, 0.0, 0, step)
+    assert preparation._widened(run, fit, spend, lambda _: None, pilot)[0].log_det == expected
+    for reference in ("einstein", "harmonic"):  # these are what they are
+        asked = replace(run, plan=replace(run.plan, reference=reference))
+        assert preparation._widened(asked, fit, spend, lambda _: None, pilot)[0].log_det == 0
 
 
 @pytest.mark.slow
