@@ -278,7 +278,7 @@ def test_targets_are_the_systems(name):
     assert np.isfinite(flow.training_target.reduced_potential(left, system.state))
 
 
-@pytest.mark.parametrize("name", ["mw_cubic_8", "lj_fcc_32"])
+@pytest.mark.parametrize("name", [pytest.param("mw_cubic_8", marks=pytest.mark.slow), "lj_fcc_32"])
 def test_training_energies_and_gradients_are_finite_where_atoms_overlap(name):
     flow = atomic_solids(load(name), **TINY)
     state = load(name).state

@@ -195,7 +195,8 @@ def test_a_trajectory_of_no_such_crystal(small, folder, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("loss", [pytest.param("forward_kl", marks=pytest.mark.slow), "lbar"])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["forward_kl", "lbar"])
 def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md, loss):
     training_ = {"loss": loss, "max_steps": 150, "batch_size": 16, "learning_rate": 0.01}
     flow = {"architecture": "residual", "n_sweeps": 1, "width": 8, "depth": 1, "training": training_}
@@ -212,6 +213,7 @@ def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md
         ff.estimate(small, **way)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_trajectory_and_goes_on_with_it(small, md, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preparation, "enable_compilation_cache", lambda folder: None)
     monkeypatch.chdir(tmp_path)

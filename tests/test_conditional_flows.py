@@ -166,6 +166,7 @@ def test_a_file_fits_what_is_in_its_ranges(system):
     assert checkpoints.apart(ranged, other, True) is not None
 
 
+@pytest.mark.slow
 def test_a_run_trains_in_all_states_goes_on_and_serves_others(system, tmp_path):
     training_plan = TrainingPlan(loss="reverse_kl", max_steps=12, batch_size=8, min_gain=0.0)
     options = {**TINY, "temperatures": [150.0, 260.0]}

@@ -51,7 +51,9 @@ def evaluator(name, dtype="float64"):
     return jax.jit(jax.value_and_grad(deformed_energy(potential, table, dtype), (0, 1)))
 
 
-@pytest.mark.parametrize(("name", "way"), [("lj fcc", walks.ByThreads), ("mw hexagonal", walks.ByTiles)])
+@pytest.mark.parametrize(
+    ("name", "way"), [("lj fcc", walks.ByThreads), pytest.param("mw hexagonal", walks.ByTiles, marks=pytest.mark.slow)]
+)
 def test_other_ways_find_what_slots_do(monkeypatch, name, way):
     """That of GPUs is interpreted; the last of the tiles is not full."""
     _, potential, u, f, table = case(name)
@@ -123,7 +125,7 @@ def test_batches_are_single_configurations():
         assert float(values[k]) == pytest.approx(float(value), rel=1e-12, abs=1e-12)
         for a, b in zip(gradients, single, strict=True):
             np.testing.assert_allclose(a[k], b, atol=1e-11)
-    one_cell = jax.vmap(deformed_energy(potential, table), (0, None))(some, jnp.asarray(f))
+    one_cell = jax.jit(jax.vmap(deformed_energy(potential, table), (0, None)))(some, jnp.asarray(f))
     assert float(one_cell[0]) == pytest.approx(float(values[0]), rel=1e-12)
 
 

@@ -160,6 +160,7 @@ def untrained(small, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_fractional_coordinates_and_a_bridge_meet_the_published_value(small, untrained):
     """The measure of the torus, the truncation of the reference and its end on the bridge, together."""
     result = ff.estimate(small, flow={"checkpoint": str(untrained)}, bridge=200, seed=4, max_samples=256)

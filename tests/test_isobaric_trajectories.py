@@ -135,7 +135,7 @@ def test_another_reference_cell_changes_nothing(folder):
     with double_precision():
         for one, frames in ((system, series), (other, moved)):
             x = frames.configurations(np.arange(8))
-            values.append(np.asarray(jax.vmap(one.target.reduced_potential, (0, None))(x, one.state)))
+            values.append(np.asarray(jax.jit(jax.vmap(one.target.reduced_potential, (0, None)))(x, one.state)))
             np.testing.assert_allclose(trajectories.energies(one, x), series.energies, rtol=1e-9)
     np.testing.assert_allclose(np.diff(values[1]), np.diff(values[0]), atol=1e-7)
 

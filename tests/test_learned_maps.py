@@ -22,7 +22,9 @@ def one_atom():
     return problem, parts, log_partition(problem, 0) - log_partition(problem, 1)
 
 
-@pytest.mark.parametrize("kind", ["field", "radial", pytest.param("torus", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["field", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("radial", "torus"))]
+)
 def test_pooled_work_of_the_folds_gives_the_exact_answer(one_atom, kind):
     problem, (a, b), exact = one_atom
     works = []

@@ -165,6 +165,7 @@ def test_numbers_for_machines(tmp_path):
     assert "180(3) K" in str(found)
 
 
+@pytest.mark.slow
 def test_a_phase_against_itself_is_zero():
     """Other random numbers, one crystal: zero within four standard errors, one false alarm in 10^4 a temperature."""
     system = load("mw_cubic_8")

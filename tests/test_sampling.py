@@ -55,6 +55,7 @@ def test_monte_carlo_and_model_have_the_same_averages(drawn, other):
     assert np.all(b.std_error < 0.05 * b.mean.__abs__())
 
 
+@pytest.mark.slow
 def test_monte_carlo_forgets_its_reference(small, drawn):
     """From an Einstein crystal, which is far from the target, come the same averages."""
     other = averages(sampling.sample(small, N, reference="einstein", seed=9))

@@ -80,6 +80,12 @@ def crystals(name, variants, target_error):
 
 
 def test_crystals():
+    few = {variant: ICE[variant] for variant in ("float64", "bar, 48 stages")}
+    assert agree(crystals("mw_cubic_8", few, 2e-3))
+
+
+@pytest.mark.slow
+def test_more_of_crystals():
     assert agree(crystals("mw_cubic_8", ICE, 2e-3))
 
 
@@ -109,6 +115,7 @@ def solutions(variants, target_error):
     return answers
 
 
+@pytest.mark.slow
 def test_solutions():
     with compiled_once():
         assert agree(solutions({"batches of 32": {"batch": 32}, "slower": {"variance": 0.5}}, 0.02))

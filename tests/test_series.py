@@ -200,6 +200,7 @@ def test_a_lost_log_det_is_caught_under_pressure(monkeypatch):
     assert any("off the derivative of beta G" in reason for state in found.states for reason in state.reasons)
 
 
+@pytest.mark.slow
 def test_a_map_to_the_state_itself_changes_nothing():
     system = load({**UNDER_PRESSURE, "temperature": 1.0, "pressure": 20.0, "cell_motion": "triclinic"})
     plan = replace(system.plan, bridge=None, max_samples=128)

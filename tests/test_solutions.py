@@ -67,7 +67,7 @@ def test_energies_are_those_of_lammps(which):
     x = read_frames(REFDATA / f"ensemble_{which}.lammpstrj", problem, stop=200)
     table = np.loadtxt(REFDATA / f"energies_{which}.csv", delimiter=",", skiprows=1)[:200]
     for column, ensemble in ((2, problem.a), (3, problem.b)):
-        u = jax.vmap(ensemble.reduced_potential, (0, None))(x, problem.state)
+        u = jax.jit(jax.vmap(ensemble.reduced_potential, (0, None)))(x, problem.state)
         np.testing.assert_allclose(u, table[:, column], rtol=0, atol=2e-6)
 
 
@@ -109,7 +109,7 @@ def test_gradients_are_derivatives_and_batches_are_single_configurations():
     problem = small()
     x = jnp.asarray(np.array([positions(seed) for seed in range(4)]))
     one = jax.jit(lambda x: problem.b.reduced_potential(x, problem.state))
-    u, gradient = jax.vmap(jax.value_and_grad(one))(x)
+    u, gradient = jax.jit(jax.vmap(jax.value_and_grad(one)))(x)
     np.testing.assert_allclose(u, [one(row) for row in x], rtol=1e-10)
     rng = np.random.default_rng(0)
     for row, slope in zip(x, gradient, strict=True):
@@ -128,7 +128,8 @@ def test_kernels_of_batches_agree_with_the_energy(dtype, close):
     (solvent, pull), (solute, push) = kernels.solvent(batch), kernels.solute(batch, radius)
     assert solvent.dtype == solute.dtype == np.float64 and pull.dtype == push.dtype == dtype
     unit = problem.state._replace(beta=np.float64(1.0))
-    u, gradient = jax.vmap(jax.value_and_grad(lambda x: problem.reduced_potential(x, radius, unit)))(jnp.asarray(x))
+    one = jax.value_and_grad(lambda x: problem.reduced_potential(x, radius, unit))
+    u, gradient = jax.jit(jax.vmap(one))(jnp.asarray(x))
     np.testing.assert_allclose(solvent + solute, u, rtol=10 * close)
     scale = np.abs(gradient).max()
     np.testing.assert_allclose(np.moveaxis(np.asarray(pull + push), -1, 0), gradient, rtol=0, atol=10 * close * scale)

@@ -94,14 +94,14 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_batches(tmp_path, mo
     moved = BridgeSampler.move
 
     def move(self, *arguments):
-        if self.batch > 16:
+        if self.batch > 32:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes")
         return moved(self, *arguments)
 
     monkeypatch.setattr(BridgeSampler, "move", move)
     result = pipeline.estimate(tmp_path / "system.yaml", max_samples=32)
     assert result.n_samples == 32
-    assert any("memory is short: 16 samples at a time instead of 64" in warning for warning in result.warnings)
+    assert any("memory is short: 32 samples at a time instead of 64" in warning for warning in result.warnings)
 
 
 def test_other_errors_are_not_tried_again(tmp_path, monkeypatch):

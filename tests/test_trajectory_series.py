@@ -151,6 +151,7 @@ def test_what_cannot_be_done(ice, tmp_path):
         frame_series(tmp_path / "a.dcd", ice)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     """Five times the frames, the same memory: numbers per frame, kept frames and one chunk or two."""
     system = ff.load("mw_cubic_8")
