@@ -1,13 +1,14 @@
 """Two phases against each other: differences, their correlated errors, and where they cross."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import freeflow as ff
 from freeflow import phases
-from freeflow.config import load
+from freeflow.config import load, series_of
 from freeflow.errors import InputError
 from freeflow.phases import PhaseComparison
 from freeflow.thermodynamics import SeriesResult, StateResult
@@ -181,3 +182,19 @@ def test_phases_of_different_substances_are_refused():
         phases.compare_phases(load("mw_cubic_8"), other)
     with pytest.raises(InputError, match="temperature"):
         phases.compare_phases(load("mw_cubic_8"), load({**load("mw_cubic_8").config, "temperature": [100.0, 200.0]}))
+
+
+@pytest.mark.slow
+def test_silicon_changes_from_diamond_to_beta_tin():
+    """The example at its coexistence; beta-tin's cell distorts either way, unknown to the fitted reference."""
+    folder = Path(__file__).parents[1] / "examples" / "silicon"
+    a, b = (
+        series_of(load(folder / f"{name}.yaml").system, (300.0,), (1.3e5, 1.6e5)) for name in ("diamond", "beta_tin")
+    )
+    found = phases.compare_phases(a, b, target_error=4e-3, max_samples=256)
+    assert found.status == "converged"
+    (crossing,) = found.crossings
+    assert crossing.below == "silicon_diamond"
+    assert abs(crossing.value - 1.42e5) < 4.5 * np.hypot(crossing.std_error, 0.005e5)  # 14.2 GPa
+    # Without the wider reference one state of beta-tin took ten million.
+    assert sum(found.b.energy_evaluations.values()) < 8_000_000
