@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from scipy.optimize import brentq
 
 from freeflow.config import series_of
 from freeflow.documents import JSON_VERSION, Document, csv_text, plain, print_verdict, write_atomically
@@ -88,21 +89,26 @@ class PhaseComparison(Document):
 
     @property
     def crossings(self) -> tuple[Crossing, ...]:
-        """Where the difference changes sign along each line of states, by linear interpolation.
+        """Where the difference changes sign along each line of states, by cubic interpolation.
 
         A line is the series of temperatures at one pressure, or that of pressures at one temperature if there are
         several pressures. Where it does not change sign, or not surely, there is none; of several places it is that
-        of the largest change. Errors are the spread over resamples of both series.
+        of the largest change. The slopes in the states are known from volumes or energies. Errors are the spread over
+        resamples of both series.
         """
         label, x, lines = lines_of(self.a)
         found = [self._crossing(label.partition(" ")[0], x[at], at) for _, at in lines]
         return tuple(crossing for crossing in found if crossing is not None)
 
     def _crossing(self, along: str, x: np.ndarray, at: np.ndarray) -> Crossing | None:
-        place = _zero(x, self.difference[at])
+        slopes, errors = (part[at] for part in self._slopes(along))
+        place = _zero(x, self.difference[at], slopes)
         if place is None:
             return None
-        resampled = [_zero(x, row) for row in self.replicas[at].T]
+        replicas = self.replicas[at].T
+        # How slopes and differences scatter together is not known; slopes matter far less.
+        scattered = slopes + errors * np.random.default_rng(0).standard_normal(replicas.shape)
+        resampled = [_zero(x, *rows) for rows in zip(replicas, scattered, strict=True)]
         known = [value for value in resampled if value is not None]
         if len(known) < (1 - _LOST_CROSSINGS) * max(len(resampled), 1):
             return None
@@ -111,6 +117,22 @@ class PhaseComparison(Document):
         here = self.a.states[k]
         t, p = (here.temperature, place) if along == "pressure" else (place, here.pressure)
         return Crossing(along, t, p, float(np.std(known, ddof=1)), below.system.name)
+
+    def _slopes(self, along: str) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives of `difference` with respect to what runs, in its unit, and their errors; NaN where unknown.
+
+        d(beta G) / dp = beta V, and d(beta F) / dT = -U / kT^2, with H in the place of U where the cell moves.
+        """
+
+        def of(phase: SeriesResult, end: str = "") -> np.ndarray:
+            if along == "pressure":
+                unit = phase.system.units.pressure_unit
+                values = [getattr(s, f"volume{end}") * unit / s.kt for s in phase.states]
+            else:
+                values = [-getattr(s, f"energy{end}") / (s.kt * s.temperature) for s in phase.states]
+            return np.array(values) / phase.n_atoms
+
+        return of(self.b) - of(self.a), np.hypot(of(self.b, "_std_error"), of(self.a, "_std_error"))
 
     @property
     def status(self) -> Status:
@@ -279,8 +301,11 @@ class PhaseComparison(Document):
         return figure
 
 
-def _zero(t: np.ndarray, difference: np.ndarray) -> float | None:
-    """Where a polygon changes sign; of several places the one of the largest change."""
+def _zero(x: np.ndarray, difference: np.ndarray, slopes: np.ndarray) -> float | None:
+    """Where a difference changes sign; of several places the one of the largest change.
+
+    Between two states it is the cubic with the slopes there (Hermite's); a straight line where they are not known.
+    """
     if not np.isfinite(difference).all():
         return None
     left, right = difference[:-1], difference[1:]
@@ -288,7 +313,16 @@ def _zero(t: np.ndarray, difference: np.ndarray) -> float | None:
     if not len(changes):
         return None
     k = changes[np.argmax(np.abs(right - left)[changes])]
-    return float(t[k] + (t[k + 1] - t[k]) * left[k] / (left[k] - right[k]))
+    width, f, g = x[k + 1] - x[k], difference[k : k + 2], slopes[k : k + 2]
+    if not np.isfinite(g).all():
+        return float(x[k] + width * f[0] / (f[0] - f[1]))
+
+    def cubic(t: float) -> float:
+        line = f[0] + t * (f[1] - f[0])
+        chord = (f[1] - f[0]) / width
+        return line + t * (1 - t) * width * ((1 - t) * (g[0] - chord) - t * (g[1] - chord))
+
+    return float(x[k] + width * brentq(cubic, 0.0, 1.0))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
 
 
 def compare_phases(

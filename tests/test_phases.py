@@ -17,9 +17,10 @@ T = np.array([100.0, 150.0, 200.0, 250.0])
 N = 8
 
 
-def made_up(values, errors, seed, status="converged", shared=True):
-    """A series of these values per atom, with resamples that move together or one by one."""
+def made_up(values, errors, seed, status="converged", shared=True, slopes=None):
+    """A series of these values per atom, with resamples that move together or one by one, and perhaps known slopes."""
     system = load("mw_cubic_8")
+    slopes = np.full(len(T), np.nan) if slopes is None else slopes
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((1 if shared else len(T), 2000)) * np.array(errors)[:, None] * N
     states = tuple(
@@ -28,8 +29,8 @@ def made_up(values, errors, seed, status="converged", shared=True):
             kt=t * system.units.boltzmann,
             beta_f=value * N,
             beta_f_std_error=error * N,
-            energy=0.0,
-            energy_std_error=1.0,
+            energy=-slope * t**2 * system.units.boltzmann * N,  # d(beta F) / dT = -U / kT^2
+            energy_std_error=0.0,
             plain_energy=0.0,
             plain_energy_std_error=1.0,
             entropy=0.0,
@@ -42,7 +43,9 @@ def made_up(values, errors, seed, status="converged", shared=True):
             status=status,
             reasons=() if status == "converged" else ("made up",),
         )
-        for t, value, error in zip(T, values, errors, strict=True)
+        for t, value, error, slope in zip(
+            T, values, errors, np.full(len(T), np.nan) if slopes is None else slopes, strict=True
+        )
     )
     return SeriesResult(
         system=system,
@@ -75,6 +78,18 @@ def test_crossing_with_its_error():
     assert crossing.std_error == pytest.approx(3.0, rel=0.1)
     assert crossing.below == found.b.system.name
     assert found.exit_status == 0 and "180(3) K" in found.verdict
+
+
+def test_curved_differences_cross_where_their_slopes_say():
+    """A cubic is found as it is; a straight line between 150 and 200 K would put its zero at 157.5 K, not at 165."""
+    root, curve = 165.0, lambda t: (t - 165.0) * (1e-3 + 2e-5 * (t - 165.0))
+    slopes = 1e-3 + 4e-5 * (T - root)
+    found = PhaseComparison(
+        a=made_up(0 * T, [1e-9] * 4, 0, slopes=0 * T), b=made_up(curve(T), [1e-4] * 4, 1, slopes=slopes)
+    )
+    (crossing,) = found.crossings
+    assert crossing.temperature == pytest.approx(root, abs=1e-6)
+    assert crossing.std_error == pytest.approx(1e-4 / 1e-3, rel=0.15)
 
 
 def under_pressure(slope, at, errors, seed):
@@ -195,6 +210,7 @@ def test_silicon_changes_from_diamond_to_beta_tin():
     assert found.status == "converged"
     (crossing,) = found.crossings
     assert crossing.below == "silicon_diamond"
-    assert abs(crossing.value - 1.42e5) < 4.5 * np.hypot(crossing.std_error, 0.005e5)  # 14.2 GPa
+    assert crossing.std_error < 200.0  # bar
+    assert abs(crossing.value - 141_892) < 4.5 * np.hypot(crossing.std_error, 16)  # of five states, at 1e-3
     # Without the wider reference one state of beta-tin took ten million.
     assert sum(found.b.energy_evaluations.values()) < 8_000_000
