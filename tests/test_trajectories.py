@@ -23,7 +23,7 @@ from freeflow.errors import InputError
 from freeflow.geometry import nearest_neighbour_distance
 from freeflow.potentials import lennard_jones
 from freeflow.trajectories import compare_energies, energies, energy_precision, read, to_displacements
-from freeflow.trajectories.files import _cell_of
+from freeflow.trajectories.blocks import cell_of
 from freeflow.units import UNIT_STYLES
 
 REFDATA = Path(__file__).resolve().parents[2] / "shared" / "refdata"
@@ -214,8 +214,8 @@ def test_dcd_of_the_other_endianness_and_with_angles_in_degrees(hcp, tmp_path):
 def test_cells_of_lengths_and_angles():
     shapes = np.random.default_rng(2).uniform([1, 1, 1, 70, 70, 70], [9, 9, 9, 110, 110, 110], (20, 6))
     expected = [ase.geometry.cellpar_to_cell(shape) for shape in shapes]
-    np.testing.assert_allclose(_cell_of(shapes[:, :3], shapes[:, 3:]), expected, atol=1e-12)
-    impossible = _cell_of(np.ones((2, 3)), np.array([[30.0, 30.0, 100.0], [90.0, 90.0, 90.0]]))
+    np.testing.assert_allclose(cell_of(shapes[:, :3], shapes[:, 3:]), expected, atol=1e-12)
+    impossible = cell_of(np.ones((2, 3)), np.array([[30.0, 30.0, 100.0], [90.0, 90.0, 90.0]]))
     assert np.isinf(impossible[0]).all() and np.array_equal(impossible[1], np.eye(3))
 
 
