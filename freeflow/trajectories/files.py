@@ -1,9 +1,9 @@
 """Trajectory files, a chunk of frames at a time, checked against the system that they are meant for.
 
 Files are streamed in chunks, through ASE (.traj) and mdtraj (XTC, HDF5) where these stream.
-Text formats, DCD and TRR have readers of their own (`texts`, `binaries`): ASE holds every frame of a dump in memory and takes 30 ms for an
-extxyz frame of 256 atoms, mdtraj holds a whole PDB file and prints to standard output for DCD, and
-neither notices a DCD file that is cut short.
+Text formats, DCD and TRR have readers of freeflow's own (`texts`, `binaries`): ASE holds every frame of a dump in
+memory and takes 30 ms for an extxyz frame of 256 atoms, mdtraj holds a whole PDB file and prints to standard output for
+DCD, and neither notices a DCD file that is cut short.
 
 Units are never guessed. LAMMPS dumps are in the system's unit style, and a dump that names its own is
 held to it. Other formats have lengths of their own, angstrom (extxyz, .traj, DCD, PDB) or nanometres
