@@ -197,7 +197,8 @@ class ByTiles(Walk):
                 return tuple(total + part for total, part in zip(carry, more, strict=True)), None
 
             none = (jnp.zeros_like(start[0]),) * (n_own + len(parity))
-            return jax.lax.scan(step, none, (slots, begins))[0]
+            # Two slots at a time: sums are read and written half as often; see docs/speed.md.
+            return jax.lax.scan(step, none, (slots, begins), unroll=2)[0]
 
         # What atoms keep is booked where a pair begins, as slot by slot: energies at rest may come from there.
         begins = np.repeat(np.asarray([1, 0], x[0].dtype), len(self._slots.partner) // 2)
