@@ -22,7 +22,7 @@ from freeflow.crystals import crystal_system, lattice_crystal, structure_crystal
 from freeflow.errors import InputError
 from freeflow.geometry import nearest_neighbour_distance
 from freeflow.potentials import lennard_jones
-from freeflow.trajectories import compare_energies, energies, energy_precision, read, to_displacements
+from freeflow.trajectories import apart, compare_energies, energies, energy_precision, read, to_displacements
 from freeflow.trajectories.blocks import cell_of
 from freeflow.units import UNIT_STYLES
 
@@ -450,6 +450,22 @@ def test_wrong_species_and_topologies(salt, ice, tmp_path):
     for name, message in (("none.pdb", "no such file"), ("a.dcd", "reads no topology")):
         with pytest.raises(InputError, match=message):
             read(tmp_path / "a.dcd", salt, topology=tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["xtc", "h5"])
+@pytest.mark.parametrize(
+    ("does", "said"), [("kill -SEGV $$", "SIGSEGV"), ("exec sleep 9", "SIGKILL"), ("", "broke off")]
+)
+def test_a_reader_that_comes_to_grief_is_one_line(kind, does, said, ice, tmp_path, monkeypatch):
+    """It has a process of its own: damaged files have ended it by a signal, and it must not hang."""
+    write(tmp_path / f"a.{kind}", ice, ice.crystal.sites[None])
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{does}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr(apart, "_PATIENCE", 0.5)
+    with pytest.raises(InputError, match=f"{said}; is the file truncated or corrupted") as error:
+        list(read(tmp_path / f"a.{kind}", ice))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("request_", [{"start": -1}, {"stride": 0}, {"start": 3, "stop": 3}, {"chunk": 0}])

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from freeflow.errors import InputError
-from freeflow.trajectories.blocks import Block, Request, cell_of, require_count, symbols
-from freeflow.trajectories.xdr import trr_frame, xtc_frames
+from freeflow.trajectories.apart import blocks_apart
+from freeflow.trajectories.blocks import Block, Request, cell_of, require_count
+from freeflow.trajectories.xdr import trr_frame, xtc_blocks
 
 
 def _float32_rounding(positions: np.ndarray) -> float:
@@ -114,13 +115,13 @@ def read_xtc(request: Request) -> Iterator[Block]:
     Raises:
         InputError: If the file is damaged or of other atoms, without its name.
     """
-    with contextlib.closing(xtc_frames(request.path, request.n_atoms, request.chunk, request.stop)) as frames:
+    with contextlib.closing(xtc_blocks(request.path, request.n_atoms, request.chunk, request.stop)) as blocks:
 
         def advance(_: int) -> Block | None:
-            found = next(frames, None)  # as many as are asked for, which the reader knows
+            found = next(blocks, None)  # of as many frames as are asked for, which the reader knows
             if found is None:
                 return None
-            return Block(found.positions, found.cells, None, _gromacs_rounding(found.positions))
+            return Block(found["positions"], found["cells"], None, _gromacs_rounding(found["positions"]))
 
         yield from _strided(request, advance)
 
@@ -167,21 +168,22 @@ def _gromacs_rounding(positions: np.ndarray) -> float:
 
 
 def read_hdf5(request: Request) -> Iterator[Block]:
-    """Frames of an HDF5 file of mdtraj, with energies and species if it has them."""
-    from mdtraj.formats import HDF5TrajectoryFile
+    """Frames of an HDF5 file of mdtraj, with energies and species if it has them, read in a process of their own.
 
-    with HDF5TrajectoryFile(str(request.path)) as file:
-        species = None
-        if request.with_species and file.topology is not None:
-            species = symbols(file.topology)
+    Raises:
+        InputError: If the file is damaged or of other atoms, without its name.
+    """
+    path = request.path
+    with contextlib.closing(blocks_apart("h5", path, request.n_atoms, request.chunk, request.stop)) as blocks:
 
-        def advance(count: int) -> Block | None:
-            if file.tell() == len(file):
+        def advance(_: int) -> Block | None:
+            found = next(blocks, None)
+            if found is None:
                 return None
-            frames: Any = file.read(n_frames=count)
-            lengths, angles, energies = frames.cell_lengths, frames.cell_angles, frames.potentialEnergy
-            cells = None if lengths is None or angles is None else cell_of(lengths, angles)
-            return Block(frames.coordinates, cells, energies, _float32_rounding(frames.coordinates), species)
+            cells = cell_of(found["lengths"], found["angles"]) if {"lengths", "angles"} <= set(found) else None
+            species = found["species"] if request.with_species else None
+            rounding = _float32_rounding(found["positions"])
+            return Block(found["positions"], cells, found.get("energies"), rounding, species)
 
         yield from _strided(request, advance)
 

@@ -7,21 +7,18 @@ headers name.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
 import struct
-import subprocess
-import sys
-import threading
 from collections.abc import Generator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float
 
 from freeflow.errors import InputError
-from freeflow.xtc_worker import COUNT, REAL
+from freeflow.trajectories.apart import blocks_apart
 
 _XTC_MAGIC, _TRR_MAGIC = 1995, 1993
 _XTC_HEAD, _XTC_PACKING = struct.Struct(">iiif9fi"), struct.Struct(">f3i3iiI")
@@ -29,21 +26,13 @@ _XTC_SMALLEST, _XTC_LARGEST = 9, 72  # indices into the format's table of sizes
 _XTC_PLAIN = 9  # no more atoms than this are stored as floats
 _TRR_HEAD = struct.Struct(">ii4s12s13i")
 _TRR_NAME = b"GMX_trn_file"
-_PATIENCE = 60.0  # with the process that decodes, for a block of frames [s]
 
 
 # --------------------------------------------------------------------------- XTC
 
 
-class XtcFrames(NamedTuple):
-    """Consecutive frames of an XTC file [nm]."""
-
-    positions: Float[np.ndarray, "n_frames n_atoms 3"]  # float32
-    cells: Float[np.ndarray, "n_frames 3 3"]
-
-
-def xtc_frames(path: Path, n_atoms: int, chunk: int, stop: int | None) -> Generator[XtcFrames, None, None]:
-    """Frames of an XTC file, block after block, from the first one on.
+def xtc_blocks(path: Path, n_atoms: int, chunk: int, stop: int | None) -> Generator[dict[str, Any], None, None]:
+    """ "positions" (n_frames, n_atoms, 3) and "cells" [nm] of an XTC file, block after block, from the first frame on.
 
     Args:
         path: The file.
@@ -54,44 +43,14 @@ def xtc_frames(path: Path, n_atoms: int, chunk: int, stop: int | None) -> Genera
     Raises:
         InputError: If the file is cut short, corrupted or of another number of atoms.
     """
-    corners = _xtc_corners(path, n_atoms, stop)
-    command = [sys.executable, "-m", "freeflow.xtc_worker", str(path), str(chunk), str(-1 if stop is None else stop)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as worker:
-        try:
-            frame = 0
-            while frame < len(corners):
-                block = _decoded(worker, n_atoms, f"frame {frame} or one of the next {chunk - 1}")
-                if block is None:
-                    raise InputError(f"the reader of XTC files finds no frame {frame}; is the file corrupted?")
-                _require_within(block.positions, corners[frame : frame + len(block.positions)], frame)
-                frame += len(block.positions)
-                yield block
-        finally:
-            worker.kill()
-
-
-def _decoded(worker: subprocess.Popen[bytes], n_atoms: int, where: str) -> XtcFrames | None:
-    """The next block of frames; None at the end."""
-    assert worker.stdout is not None
-    overdue = threading.Timer(_PATIENCE, worker.kill)
-    overdue.start()
-    try:
-        (count,) = COUNT.unpack(worker.stdout.read(COUNT.size))
-        if count < 0:
-            (length,) = COUNT.unpack(worker.stdout.read(COUNT.size))
-            said = " ".join(worker.stdout.read(length).decode(errors="replace").split())
-            raise InputError(f"{where}: the reader of XTC files says {said}; is the file corrupted?")
-        parts = []
-        for shape in ((count, n_atoms, 3), (count, 3, 3)):
-            content = worker.stdout.read(REAL.itemsize * math.prod(shape))
-            parts.append(np.frombuffer(content, REAL).reshape(shape))
-    except (struct.error, ValueError):  # cut off
-        status = worker.wait()
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "broke off"
-        raise InputError(f"{where}: the reader of XTC files {how}; is the file corrupted?") from None
-    finally:
-        overdue.cancel()
-    return XtcFrames(*parts) if count else None
+    corners, frame = _xtc_corners(path, n_atoms, stop), 0
+    with contextlib.closing(blocks_apart("xtc", path, n_atoms, chunk, stop)) as blocks:
+        for block in blocks:
+            _require_within(block["positions"], corners[frame : frame + len(block["positions"])], frame)
+            frame += len(block["positions"])
+            yield block
+    if frame < len(corners):
+        raise InputError(f"the reader of XTC files finds no frame {frame}; is the file truncated or corrupted?")
 
 
 def _require_within(
