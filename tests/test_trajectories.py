@@ -399,6 +399,10 @@ BAD = {
         f"nan {kind}": (with_nan(kind), r"frame 2: atom 7 \(from 0\) has coordinates that are not finite")
         for kind in ("lammpstrj", "extxyz", "traj", "dcd", "trr")
     },
+    "far": (
+        damaged(lambda text: text.replace("\n7 1 ", "\n7 1 1e200 0 0 ", 1)),
+        "frame 0: atom 6 .* has a coordinate of 1e\\+200, which is beyond any box",
+    ),
     "units": (
         damaged(lambda text: text.replace("ITEM: TIMESTEP", "ITEM: UNITS\nlj\nITEM: TIMESTEP", 1)),
         "frame 0: the dump is in lj units, the system in real",

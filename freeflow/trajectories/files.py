@@ -38,6 +38,7 @@ from freeflow.trajectories.texts import read_extxyz, read_lammps, read_pdb
 from freeflow.types import Crystal, System
 from freeflow.units import UnitStyle
 
+_FARTHEST = 1e8  # coordinates of atoms that diffused or drifted, in cells: beyond, no digit of a position is left
 CELL_TOLERANCE = 1e-4  # largest strain between the cell of a frame and the system's
 _CHUNK = 1 << 21  # coordinates in memory at a time, if the caller does not say
 
@@ -206,6 +207,13 @@ def _checked(form: _Format, request: Request, system: System | Box, sigma: str |
         if lost.any():
             k, atom, _ = np.argwhere(lost)[0]
             raise InputError(f"{frame(k)}: atom {atom} (from 0) has coordinates that are not finite numbers")
+        far = np.abs(block.positions) > _FARTHEST * np.abs(crystal.cell).max()
+        if far.any():
+            k, atom, axis = np.argwhere(far)[0]
+            raise InputError(
+                f"{frame(k)}: atom {atom} (from 0) has a coordinate of {block.positions[k, atom, axis]:.3g}, which is "
+                "beyond any box; is the file corrupted?"
+            )
         n_frames = len(block.positions)
         cells = np.full((n_frames, 3, 3), np.nan) if block.cells is None else np.array(block.cells, float)
         cells[(cells == 0).all(axis=(1, 2))] = np.nan  # how binary formats say that there is none
