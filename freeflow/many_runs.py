@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -21,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from freeflow import config
+from freeflow import children, config
 from freeflow.cores import cores
 from freeflow.errors import FreeflowError, InputError
 from freeflow.folders import alone_in
@@ -198,13 +197,12 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="freeflow-") as place:
         system, answer = Path(place, "system.yaml"), Path(place, "result.json")
         system.write_text(job.system, encoding="utf-8")
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "freeflow.run_worker"],
+            children.command("freeflow.run_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env=children.environment(),
             text=True,
             errors="replace",
         )

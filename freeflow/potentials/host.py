@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from freeflow import children
 from freeflow.errors import CalculatorError
 
 
@@ -90,15 +89,12 @@ class Pool:
         return np.array(energies), -np.array(forces), np.array([] if cells is None else virials)
 
     def _start(self) -> None:
-        # A worker finds what this process finds, and leaves the other cores to the others.
-        path = os.pathsep.join(place or os.getcwd() for place in sys.path)
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment = {**threads, **os.environ, "PYTHONPATH": path}
+        # A worker leaves the other cores to the others.
         worker = subprocess.Popen(
-            [sys.executable, "-m", "freeflow.ase_worker"],
+            children.command("freeflow.ase_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=children.environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"),
         )
         self._workers.append(worker)
         self._send(worker, self._job._asdict())

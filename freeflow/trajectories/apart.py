@@ -7,7 +7,6 @@ import math
 import signal
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from freeflow import children
 from freeflow.errors import InputError
 from freeflow.reading_worker import LENGTH
 
@@ -37,9 +37,10 @@ def blocks_apart(
     Raises:
         InputError: If the reader refuses the file, breaks off or takes too long.
     """
-    command = [sys.executable, "-m", "freeflow.reading_worker", form, str(path), str(chunk)]
-    command.append(str(-1 if stop is None else stop))
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as worker:
+    last = -1 if stop is None else stop
+    command = children.command("freeflow.reading_worker", form, str(path), str(chunk), str(last))
+    environment = children.environment()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as worker:
         try:
             while block := _received(worker, _NAMES[form], n_atoms):
                 yield block
