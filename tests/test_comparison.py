@@ -17,7 +17,6 @@ import pytest
 
 import freeflow as ff
 from freeflow import cli, comparison, preparation, sampling, training, trajectories
-from freeflow.bridge import BridgeParams
 from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import bar, fep, record
 from freeflow.preparation import fit_reference, learned_flow, prepared
@@ -70,7 +69,7 @@ def test_without_a_bridge_reverse_work_is_a_difference_of_potentials(small, md):
     with double_precision(), prepared(small, replace(small.plan, bridge=None)) as run:
         gaussian = fit_reference(run, lambda _: None).gaussian
         reference = run.recipe.ensemble(gaussian)
-        params = BridgeParams(gaussian, preparation._no_bridge(run).schedule)
+        params = preparation._no_bridge(run, gaussian).params
         work = np.concatenate([job.result() for job in run.sampler.cross_back(params, u)])
         potentials = [reference.reduced_potential, small.target.reduced_potential]
         u_a, u_b = (np.asarray(jax.jit(jax.vmap(u_of, (0, None)))(u, small.state)) for u_of in potentials)
@@ -93,7 +92,7 @@ def test_through_a_flow_reverse_work_is_the_inverse_maps(small, md, folder):
         coordinates = jax.vmap(learned.flow.coordinates)(jnp.asarray(u))
         expected = np.asarray(jax.jit(jax.vmap(one, (None, 0, None)))(learned.params, coordinates, small.state))
         with prepared(small, plan, learned) as run:
-            params = BridgeParams(learned.flow.gaussian, preparation._no_bridge(run).schedule)
+            params = preparation._no_bridge(run, learned.flow.gaussian).params
             work = np.concatenate([job.result() for job in run.sampler.cross_back(params, u)])
     # Both leave out constants; what one frame does more work than another must be the same.
     np.testing.assert_allclose(work - work.mean(), expected - expected.mean(), atol=2e-3)
