@@ -86,9 +86,8 @@ def modulo_one(difference):
 # ------------------------------------------------------------------------- free energies
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"), [pytest.param("cubic", 0.003, marks=pytest.mark.slow), ("hexagonal", 0.0005)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale"), [("cubic", 0.003), ("hexagonal", 0.0005)])
 def test_exponential_average_gives_a_known_free_energy(name, scale):
     """Measure, cell, truncation and log det together, whatever the parameters; 5 sigma, 1 in 10^6."""
     # The spheres end where the springs leave one atom in 10^5.

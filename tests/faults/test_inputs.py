@@ -499,7 +499,7 @@ def damaged(sound: dict[str, dict[Any, bytes]], kind: str, ending: str, a: float
     return bytes(data)
 
 
-@sizes(100, 1500)
+@sizes(40, 1500)
 def test_damaged_trajectories(n_cases, sound_files, monkeypatch):
     """Read whole, as for a comparison: what is accepted is finite, and of a cut file only whole frames are."""
     import freeflow.comparison
