@@ -231,7 +231,7 @@ class IsobaricFit:
         if not wide.any() and not n_wide:
             return self, 0
         root, inverse = _power(self.precision, 0.5), _power(self.precision, -0.5)
-        inside = (vectors * np.where(wide, 1 / np.where(wide, values, 1.0), 1.0)) @ vectors.T
+        inside = (vectors / np.where(wide, values, 1.0)) @ vectors.T
         wider = replace(
             self,
             displacements=displacements,

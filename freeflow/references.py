@@ -420,7 +420,7 @@ class DisplacementFit:
         wide = far_wider(values, len(z))
         if self.isotropic or not wide.any():
             return self, 0
-        narrowing = np.where(wide, 1 / np.where(wide, values, 1.0), 1.0)
+        narrowing = 1 / np.where(wide, values, 1.0)
         inside = np.einsum("qik,qk,qjk->qij", vectors, narrowing, np.conj(vectors), optimize=True)
         moved = self.mean + _symmetric_vector(crystal, self.periodic_step(mean))
         return replace(self, blocks=_blocks(crystal, root @ inside @ root), mean=moved), int(wide.sum())

@@ -19,36 +19,22 @@ if TYPE_CHECKING:
 
 _SHORTEST = 1e-100  # cutoff whose inverse can be squared
 
+# What both presets have of the form that Stillinger and Weber gave it.
+_SHARED: dict[str, Any] = {
+    "a": 1.8,
+    "gamma": 1.2,
+    "cos_theta0": -1 / 3,
+    "A": 7.049556277,
+    "B": 0.6022245584,
+    "p": 4.0,
+    "q": 0.0,
+}
 # Parameters in the units that they were published in, under `units`.
 STILLINGER_WEBER_PRESETS: dict[str, dict[str, Any]] = {
     # Molinero and Moore, J. Phys. Chem. B 113, 4008 (2009).
-    "mw": {
-        "units": "real",
-        "epsilon": 6.189,
-        "sigma": 2.3925,
-        "a": 1.8,
-        "lambda": 23.15,
-        "gamma": 1.2,
-        "cos_theta0": -1 / 3,
-        "A": 7.049556277,
-        "B": 0.6022245584,
-        "p": 4.0,
-        "q": 0.0,
-    },
+    "mw": {"units": "real", "epsilon": 6.189, "sigma": 2.3925, "lambda": 23.15, **_SHARED},
     # Stillinger and Weber, Phys. Rev. B 31, 5262 (1985).
-    "silicon": {
-        "units": "metal",
-        "epsilon": 2.1683,
-        "sigma": 2.0951,
-        "a": 1.8,
-        "lambda": 21.0,
-        "gamma": 1.2,
-        "cos_theta0": -1 / 3,
-        "A": 7.049556277,
-        "B": 0.6022245584,
-        "p": 4.0,
-        "q": 0.0,
-    },
+    "silicon": {"units": "metal", "epsilon": 2.1683, "sigma": 2.0951, "lambda": 21.0, **_SHARED},
 }
 
 
