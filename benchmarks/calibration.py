@@ -2,6 +2,7 @@
 
     python -m benchmarks calibration [FAMILY ...] [--replicas 100] [--json OUT] [--table OUT] [--records FOLDER]
     python -m benchmarks calibration --few          # FEP and BAR against the number of samples
+    python -m benchmarks calibration --corrections  # what known remedies of FEP's bias would bring
     python -m benchmarks calibration --published    # every shipped system that has a published value
     python -m benchmarks calibration --collect --json OUT --table OUT   # figures of all that is on record
     python -m benchmarks calibration --from FIGURES.json --table OUT    # the tables again
@@ -488,6 +489,62 @@ def few_samples(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def halved(work: Any) -> tuple[float, float]:
+    """FEP less half its squared error bar, the first order of a logarithm's bias: (value, error) [kT]."""
+    from freeflow.estimators import fep
+
+    answer = fep(work)
+    return float(answer.delta_f - answer.std_error**2 / 2), float(answer.std_error)
+
+
+def jackknife(work: Any) -> tuple[float, float]:
+    """The jackknife's value and error of FEP, one sample left out at a time [kT].
+
+    References: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
+    """
+    w = np.asarray(work.forward)
+    n, lowest = len(w), w.min()
+    weights = np.exp(lowest - w)
+    whole = lowest - math.log(weights.mean())
+    without = lowest - np.log((weights.sum() - weights) / (n - 1))
+    return n * whole - (n - 1) * float(without.mean()), math.sqrt((n - 1) * float(without.var()))
+
+
+def corrections() -> list[dict[str, Any]]:
+    """Bias, spread and coverage of FEP and of remedies, from the same sets of Gaussian work."""
+    from freeflow.estimators import fep, record
+
+    def plain(work: Any) -> tuple[float, float]:
+        answer = fep(work)
+        return float(answer.delta_f), float(answer.std_error)
+
+    ways = {
+        "fep": plain,
+        "less half its squared error bar": halved,
+        "fep, the jackknife's error bar": lambda work: (plain(work)[0], jackknife(work)[1]),
+        "jackknife": jackknife,
+    }
+    rng = np.random.default_rng(1)
+    rows = []
+    for variance in (1.0, 3.0):
+        for n in (_SIZES[0], _SIZES[-1]):
+            sets = [record(rng.normal(variance / 2, math.sqrt(variance), n)) for _ in range(2 * _DRAWS)]
+            for name, way in ways.items():
+                value, error = np.array([way(work) for work in sets]).T
+                rows.append(
+                    {
+                        "variance": variance,
+                        "n": n,
+                        "way": name,
+                        "bias": float(value.mean()),  # the difference is 0
+                        "spread": float(value.std()),
+                        "std_error": float(np.mean(error)),
+                        "within_2": coverage(value / error)["within_2"],
+                    }
+                )
+    return rows
+
+
 # ------------------------------------------------------------------------------ against the literature
 
 # Command lines of `freeflow estimate`: every shipped system with a published value.
@@ -559,6 +616,11 @@ def tables(found: Mapping[str, Any]) -> str:
     if rows := found.get("few_samples"):
         header = "| work | estimator | " + " | ".join(f"n = {n}" for n in _SIZES) + " |\n"
         parts.append(header + "|---|---|" + "---|" * len(_SIZES) + "\n" + "".join(_few_lines(rows)))
+    if rows := found.get("corrections"):
+        parts.append(
+            "| variance | n | way | bias [kT] | spread [kT] | mean error bar [kT] | within 2 s.e. |\n"
+            "|---|---|---|---|---|---|---|\n" + "".join(map(_correction_line, rows))
+        )
     if rows := found.get("published"):
         parts.append(
             "| `freeflow estimate ...` | result | published | z | |\n|---|---|---|---|---|\n"
@@ -595,6 +657,11 @@ def _few_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| {work} | {estimator} | {' | '.join(cells)} |\n"
 
 
+def _correction_line(row: Mapping[str, Any]) -> str:
+    numbers = f"{row['bias']:+.4f} | {row['spread']:.4f} | {row['std_error']:.4f} | {row['within_2']:.1%}"
+    return f"| {row['variance']:g} | {row['n']} | {row['way']} | {numbers} |\n"
+
+
 def _published_line(row: Mapping[str, Any]) -> str:
     from freeflow.result import format_with_error
 
@@ -627,6 +694,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--records", type=Path, default=ROOT / "build" / "calibration", help="folder of the records")
     parser.add_argument("--published", action="store_true", help="shipped systems against the literature instead")
     parser.add_argument("--few", action="store_true", help="FEP and BAR from few samples instead")
+    parser.add_argument("--corrections", action="store_true", help="remedies of FEP's bias from few samples instead")
     parser.add_argument("--collect", action="store_true", help="run nothing; figures of everything that is on record")
     parser.add_argument("--from", dest="figures", type=Path, help="a JSON file of figures to make the tables from")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -661,9 +729,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         if not options.collect:
             file.write_text(json.dumps(few_samples(folder)))
         found["few_samples"] = json.loads(file.read_text()) if file.exists() else []
+    if options.corrections:
+        found["corrections"] = corrections()
     if options.published or options.collect:
         found["published"] = stored(folder / "published.jsonl") if options.collect else against_published(folder)
-    if not (options.few or options.published):
+    if not (options.few or options.published or options.corrections):
         if not options.collect:
             replicas_of(names, options.replicas, folder)
         on_record = {name: stored(folder / f"{name}.jsonl") for name in names}

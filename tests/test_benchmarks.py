@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import calibration
+from freeflow.estimators import record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,6 +125,14 @@ def test_undercoverage_is_told_from_chance():
     for scale, wanted in ((1.0, False), (0.7, False), (1.5, True)):
         found = calibration.figures_of("fep", replicas(scale * rng.standard_normal(400)), known)
         assert calibration.undercovers(found) is wanted
+
+
+def test_the_jackknife_leaves_out_one_sample_at_a_time():
+    w = np.random.default_rng(3).normal(0.5, 1.0, 6)
+    without = [-np.log(np.mean(np.exp(-np.delete(w, k)))) for k in range(6)]
+    value, error = calibration.jackknife(record(w))
+    assert value == pytest.approx(-6 * np.log(np.mean(np.exp(-w))) - 5 * np.mean(without))
+    assert error == pytest.approx(np.sqrt(5 * np.var(without)))
 
 
 def test_a_line_cut_off_does_not_count_and_is_run_again(tmp_path):
