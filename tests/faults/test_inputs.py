@@ -7,6 +7,7 @@ would begin to compute. A few hundred cases belong to the fast tests; `make slow
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import signal
@@ -427,6 +428,7 @@ def test_command_lines(n_cases, tmp_path, no_work):
 
 FORMATS = [".lammpstrj", ".extxyz", ".extxyz.gz", ".pdb", ".traj", ".xtc", ".trr", ".dcd", ".h5"]
 N_FRAMES = 5
+loaded = functools.cache(config.load)  # what a case is about is the trajectory
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +439,7 @@ def sound_files(tmp_path_factory):
     for ending in FORMATS:
         known[ending] = {}
         for key, name in [*((n, "lj_fcc_32") for n in range(1, N_FRAMES + 1)), ("other", "mw_cubic_8")]:
-            system = config.load(name)
+            system = loaded(name)
             n = N_FRAMES if key == "other" else key
             u = 0.02 * np.random.default_rng(0).standard_normal((N_FRAMES, system.n_atoms, 3))[:n]
             writing.write(folder / f"t{ending}", system, u)
@@ -512,6 +514,7 @@ def test_damaged_trajectories(n_cases, sound_files, monkeypatch):
         raise Reached("the work begins")
 
     monkeypatch.setattr(freeflow.comparison, "compare", read_alone)
+    monkeypatch.setattr(config, "load", loaded)
     accepted = 0
 
     @campaign(n_cases, what=damage())
@@ -547,7 +550,7 @@ def test_damaged_xtc_frames(n_cases, sound_files):
 
     It may end by a signal, but not this process with it; what is accepted lies in the box that its header names.
     """
-    system, sound = config.load("lj_fcc_32"), sound_files[".xtc"][N_FRAMES]
+    system, sound = loaded("lj_fcc_32"), sound_files[".xtc"][N_FRAMES]
     head, length = 92, len(sound) // N_FRAMES
     rng, refusals = np.random.default_rng(17), []
     for _ in range(n_cases):
@@ -577,7 +580,7 @@ def test_damaged_xtc_frames(n_cases, sound_files):
 
 def test_sound_trajectories_are_accepted(sound_files):
     """Lest the campaign should pass because everything is refused."""
-    system = config.load("lj_fcc_32")
+    system = loaded("lj_fcc_32")
     for ending in FORMATS:
         path = Path(f"t{ending}")
         path.write_bytes(sound_files[ending][N_FRAMES])
