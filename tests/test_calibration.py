@@ -72,7 +72,7 @@ def expected_mean(weights: list[np.ndarray]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # some seven minutes of one core
+@pytest.mark.timeout(3600)  # some eight minutes of one core
 def test_error_bars_of_estimates_are_calibrated(estimates):
     z, share, weights, statuses = estimates(range(1000, 1000 + N_SLOW), SHARP)
     covered, spread = int((np.abs(z) < 1.96).sum()), float(z.std())
