@@ -25,6 +25,8 @@ from freeflow.potentials import force_constants, lennard_jones
 from freeflow.types import Ensemble, ThermodynamicState
 from freeflow.units import UNIT_STYLES
 
+pytestmark = pytest.mark.code("brief")
+
 TINY = {"n_layers": 2, "n_blocks": 1, "width": 8, "n_heads": 2, "n_bins": 4, "n_frequencies": 2}
 STATE = ThermodynamicState(np.float64(1), np.float64(0))
 SINGLE = ThermodynamicState(np.float32(1), np.float32(0))
@@ -67,12 +69,18 @@ def randomised(params, scale, seed=0):
 
 
 @functools.cache
-def tiny_flow(name="cubic", scale=0.1, **options):
-    """A flow, parameters with noise, and its maps, compiled."""
-    flow = atomic_solids(system_of(name), **{**TINY, "stddev": 0.03, **options})
-    x = flow.reference.sample(jax.random.key(0), STATE)
-    params = randomised(jax.jit(flow.bijector.init)(jax.random.key(1), x, STATE), scale)
+def untrained_flow(n_layers):
+    """A flow, parameters to begin with, and its maps, compiled."""
+    flow = atomic_solids(system_of("cubic"), **{**TINY, "stddev": 0.03, "n_layers": n_layers})
+    x = jnp.asarray(np.random.default_rng(0).random((7, 3)))
+    params = jax.jit(flow.bijector.init)(jax.random.key(1), x, STATE)
     return flow, params, jax.jit(flow.bijector.forward), jax.jit(flow.bijector.inverse)
+
+
+def tiny_flow(scale=0.1, n_layers=2):
+    """The same, parameters with noise."""
+    flow, params, forward, inverse = untrained_flow(n_layers)
+    return flow, randomised(params, scale), forward, inverse
 
 
 def samples(flow, n, state=STATE, seed=2):
@@ -235,8 +243,10 @@ def test_layers_compile_once():
     """What the compiler gets must not grow with the number of layers."""
 
     def size(n_layers):
-        flow, params, _, _ = tiny_flow(n_layers=n_layers)
-        return len(jax.jit(flow.bijector.forward).lower(params, jnp.zeros((7, 3)), STATE).as_text())
+        bijector = atomic_solids(system_of("cubic"), **{**TINY, "stddev": 0.03, "n_layers": n_layers}).bijector
+        x = jax.ShapeDtypeStruct((7, 3), "float64")
+        params = jax.eval_shape(bijector.init, jax.random.key(1), x, STATE)
+        return len(jax.jit(bijector.forward).lower(params, x, STATE).as_text())
 
     assert size(6) < 1.1 * size(3)
 

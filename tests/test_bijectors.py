@@ -42,6 +42,8 @@ from freeflow.bijectors import (
 )
 from freeflow.types import Bijector, Network, ThermodynamicState
 
+pytestmark = pytest.mark.code("brief")
+
 STATE = ThermodynamicState(np.float64(1.0), np.float64(0.0))
 DTYPES = ("float64", "float32")
 
@@ -249,6 +251,7 @@ def unit_splines(seed, n, n_bins):
     return rng.uniform(size=n), widths, heights, 10 ** rng.uniform(-3, 3, (n, n_bins + 1))
 
 
+@pytest.mark.code("users")
 def test_rational_quadratic_against_the_textbook():
     x, widths, heights, slopes = unit_splines(0, 200, 5)
     x[:3] = [0, 1, widths[2, 0]]
@@ -258,6 +261,7 @@ def test_rational_quadratic_against_the_textbook():
     np.testing.assert_allclose(log_derivative, expected[:, 1], atol=1e-9)
 
 
+@pytest.mark.code("users")
 def test_single_precision_inverse_loses_no_digits():
     """The quadratic formula as it stands loses half the digits where slopes at the knots are far apart."""
     y, widths, heights, slopes = (np.float32(a) for a in unit_splines(1, 4000, 4))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import freeflow as ff
+from benchmarks.calibration import compiled_once
 from freeflow import cli, comparison, preparation, sampling, training, trajectories
 from freeflow.errors import InputError, LostCrystalError
 from freeflow.estimators import bar, fep, record
@@ -29,6 +30,19 @@ needs_refdata = pytest.mark.skipif(not REFDATA.is_dir(), reason="the reference t
 PUBLISHED_8 = (-25.8652, 3e-4)  # Wirnsberger et al. 2022, flow
 N = 600
 LOOSE = {"target_error": 1e-3, "seed": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_code():
+    """Estimates here are of one system: what is compiled for it serves them all."""
+    with compiled_once():
+        yield
+
+
+@pytest.fixture
+def own_code(monkeypatch):
+    """For tests of flows, each of which is compiled with the map."""
+    monkeypatch.setattr(preparation, "BridgeSampler", BridgeSampler)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,7 @@ def test_without_a_bridge_reverse_work_is_a_difference_of_potentials(small, md):
     assert np.std(expected) > 0.1
 
 
-def test_through_a_flow_reverse_work_is_the_inverse_maps(small, md, folder):
+def test_through_a_flow_reverse_work_is_the_inverse_maps(small, md, own_code):
     options, settings = {"n_sweeps": 1, "width": 8, "depth": 1}, {"max_steps": 60, "batch_size": 16}
     plan = replace(
         small.plan, bridge=None, flow=FlowPlan(architecture="residual", options=options), reference="einstein", seed=2
@@ -196,7 +210,7 @@ def test_a_trajectory_of_no_such_crystal(small, folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["forward_kl", "lbar"])
-def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md, loss):
+def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md, loss, own_code):
     training_ = {"loss": loss, "max_steps": 150, "batch_size": 16, "learning_rate": 0.01}
     flow = {"architecture": "residual", "n_sweeps": 1, "width": 8, "depth": 1, "training": training_}
     way = {"flow": flow, "bridge": None, "reference": "einstein", "seed": 2, "target_error": 5e-3}
@@ -213,7 +227,7 @@ def test_flows_learn_from_the_earlier_half_and_are_tested_on_the_later(small, md
 
 
 @pytest.mark.slow
-def test_a_run_learns_from_a_trajectory_and_goes_on_with_it(small, md, tmp_path, capsys, monkeypatch):
+def test_a_run_learns_from_a_trajectory_and_goes_on_with_it(small, md, tmp_path, capsys, monkeypatch, own_code):
     monkeypatch.setattr(preparation, "enable_compilation_cache", lambda folder: None)
     monkeypatch.chdir(tmp_path)
     # From an Einstein crystal, which leaves the flow more to do than the usual reference.

@@ -15,6 +15,8 @@ from freeflow.flows.residual import conditioning
 from freeflow.training import Family, over_states, reverse_kl, works_of
 from freeflow.types import FlowPlan, Plan, TrainingPlan, double_precision
 
+pytestmark = pytest.mark.code("brief")
+
 SMALL, TINY = "mw_cubic_8", {"n_sweeps": 1, "width": 8, "depth": 1}
 RANGES = {"temperatures": [150.0, 260.0], "number_densities": [0.0330, 0.0342]}
 

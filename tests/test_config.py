@@ -16,6 +16,8 @@ from freeflow import config, flows
 from freeflow.errors import InputError, UnstableCrystalError
 from freeflow.types import FlowPlan, Plan, Published, TrainingPlan
 
+pytestmark = pytest.mark.code("brief")
+
 GOOD = """\
 name: test
 units: lj

@@ -14,6 +14,8 @@ from freeflow.errors import InputError
 from freeflow.potentials import lennard_jones
 from freeflow.units import UNIT_STYLES
 
+pytestmark = pytest.mark.code("brief")
+
 STRUCTURES = {  # structure, atoms per primitive cell, primitive cells in the structure
     "fcc primitive": (ase.build.bulk("Cu", "fcc", a=3.6), 1, 1),
     "fcc conventional": (ase.build.bulk("Cu", "fcc", a=3.6, cubic=True), 1, 4),

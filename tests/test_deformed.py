@@ -14,6 +14,8 @@ from freeflow.geometry import nearest_image_table, neighbour_table
 from freeflow.potentials import bind, deformed_energy, lattice_energy, lennard_jones, stillinger_weber, walks
 from freeflow.types import Crystal
 
+pytestmark = pytest.mark.code("brief")
+
 
 def from_words(parameters):
     return stillinger_weber(**{("lam" if k == "lambda" else k): v for k, v in parameters.items()})
@@ -98,6 +100,7 @@ def test_gradients_are_finite_differences(name):
         assert slope == pytest.approx((up - down) / (2 * h), rel=1e-6)
 
 
+@pytest.mark.code("users")
 @NAMES
 def test_energy_forces_and_pressure_agree_with_lammps(name):
     require_lammps()
@@ -129,6 +132,7 @@ def test_batches_are_single_configurations():
     assert float(one_cell[0]) == pytest.approx(float(values[0]), rel=1e-12)
 
 
+@pytest.mark.code("users")
 def test_float32_is_close():
     name = "lj fcc"
     _, _, u, f, _ = case(name)

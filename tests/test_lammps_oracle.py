@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from lammps_oracle import MW, SILICON, lammps_energy_forces, require_lammps
 
+pytestmark = pytest.mark.code("users")
+
 require_lammps()
 
 LJ = {"cutoff": 2.7, "shift": True}

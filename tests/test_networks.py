@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from freeflow.networks import fourier_features, local, mlp, transformer
 
+pytestmark = pytest.mark.code("brief")
+
 RING = (np.arange(6)[:, None] + np.array([-1, 1])) % 6  # neighbours of six atoms on a ring
 SMALL = transformer(2, 8, 2, (2, 5), 3)
 

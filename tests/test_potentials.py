@@ -25,6 +25,8 @@ from freeflow.potentials import (
     wca,
 )
 
+pytestmark = pytest.mark.code("brief")
+
 
 def from_words(parameters):
     return stillinger_weber(**{("lam" if k == "lambda" else k): v for k, v in parameters.items()})
@@ -108,6 +110,7 @@ def assert_agrees_with_lammps(lammps, crystal, name):
         np.testing.assert_allclose(-gradient, forces, atol=1e-7 * np.abs(forces).max())
 
 
+@pytest.mark.code("users")
 @pytest.mark.parametrize(
     ("name", "where"),
     [
@@ -126,6 +129,7 @@ def test_energies_and_forces_are_those_of_lammps(lammps, name, where):
     assert_agrees_with_lammps(lammps, lattice(where, name), name)
 
 
+@pytest.mark.code("users")
 @pytest.mark.parametrize(
     ("name", "atoms", "repeats"),
     [
@@ -346,6 +350,7 @@ def _booked(potential, table, u):
     return jax.jit(lambda u: core._kernel(potential, table, "float64")(u)[0])(jnp.moveaxis(u, 0, -1))
 
 
+@pytest.mark.code("users")
 def test_batches_are_the_single_results(monkeypatch):
     from freeflow.potentials import core
 
@@ -396,6 +401,7 @@ STRAYS = {
 }
 
 
+@pytest.mark.code("users")
 @pytest.mark.parametrize(
     "name",
     [

@@ -11,6 +11,8 @@ from freeflow.bijectors.radial import analytic_radial, radial_spline
 from freeflow.errors import InputError
 from freeflow.types import ThermodynamicState
 
+pytestmark = pytest.mark.code("brief")
+
 STATE = ThermodynamicState(np.float64(1.0), np.float64(0.0))
 L, RADII = 6.0, (2.2, 2.6)
 MAPS = {

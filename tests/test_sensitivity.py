@@ -20,6 +20,8 @@ from freeflow import pipeline, solvation, switching
 from freeflow.estimators import bar, fep, record
 from freeflow.solvation import estimate_difference
 
+pytestmark = pytest.mark.code("users")
+
 FALSE_ALARM = 1e-6
 ICE = {
     "batches of 64": {"batch": 64},

@@ -14,6 +14,8 @@ from freeflow.geometry import LATTICES
 from freeflow.potentials import SpeciesPairs, born_mayer, lennard_jones, on_crystal
 from freeflow.units import UNIT_STYLES, thermal_wavelength_of
 
+pytestmark = pytest.mark.code("brief")
+
 TERMS = {
     ("Cl", "Cl"): born_mayer(A=0.2, rho=0.3, sigma=3.2, C=4.0, cutoff=5.5),
     ("Cl", "Na"): born_mayer(A=0.6, rho=0.32, sigma=2.6, C=20.0, cutoff=5.0),

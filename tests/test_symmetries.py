@@ -15,6 +15,8 @@ from freeflow.potentials import lennard_jones
 from freeflow.symmetries import crystal_symmetries, primitive_cell
 from freeflow.units import UNIT_STYLES
 
+pytestmark = pytest.mark.code("brief")
+
 # Orders of the point groups that the supercell keeps.
 POINT_GROUPS = [
     ("sc", (2, 2, 2), 48),
