@@ -20,8 +20,6 @@ from freeflow.config.schema import SystemSection
 from freeflow.config.solutions import SolutionFileSection
 from freeflow.geometry import LATTICES
 
-pytestmark = pytest.mark.code("brief")
-
 LANGUAGES = {"json", "python", "sh", "text", "yaml"}
 # Python that runs an estimate or two; the others take seconds all together.
 SLOW = {"docs/extend/potential.md", *(f"docs/howto/{name}.md" for name in (

@@ -13,6 +13,8 @@ from freeflow.flows import fluid
 from freeflow.flows.fluid import Rates, field, field_shape, fit, fluid_map, journey, no_motion, numbers_of, params_of
 from freeflow.types import ThermodynamicState
 
+pytestmark = pytest.mark.code("brief")
+
 STATE = ThermodynamicState(np.float64(1.0), np.float64(0.0))
 L, RADII, CORE = 4.0, (1.2, 1.4), 0.9
 SHAPES = {hops: field_shape(L, RADII, CORE, hops) for hops in (True, False)}

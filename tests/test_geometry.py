@@ -26,8 +26,6 @@ from freeflow.geometry import (
     smith_form,
 )
 
-pytestmark = pytest.mark.code("brief")
-
 REFDATA = Path(__file__).resolve().parents[2] / "shared" / "refdata"
 
 SHELLS = {  # (neighbours, distance / a), nearest shells first

@@ -161,8 +161,11 @@ def bind(
     return energy
 
 
-# For code that runs once: it is compiled without optimisation, which takes half the time.
+# For code that runs once: it is compiled without optimisation, which takes half the time, and by XLA's older code
+# generator, which takes half of the rest.
 RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):  # later versions have no such option, and refuse it
+    RUN_ONCE["xla_cpu_use_fusion_emitters"] = False
 
 
 def run_once(function: Callable[..., Any], *arguments: Any, options: dict[str, Any] | None = None) -> Any:
