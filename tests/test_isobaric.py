@@ -28,6 +28,8 @@ from freeflow.preparation import fit_reference, prepared
 from freeflow.references import DisplacementFit, converged
 from freeflow.types import ThermodynamicState
 
+pytestmark = pytest.mark.code("brief")
+
 MOTIONS = pytest.mark.parametrize("motion", CELL_MOTIONS.values(), ids=CELL_MOTIONS)
 
 

@@ -31,6 +31,8 @@ from freeflow.references import (
 from freeflow.types import ThermodynamicState
 from freeflow.units import UNIT_STYLES
 
+pytestmark = pytest.mark.code("brief")
+
 # beta F / N of the harmonic crystal of the perfect lattice, in the Frenkel-Ladd / Polson convention: computed
 # independently for this project, from dense Hessians of the states of Wirnsberger et al. 2022.
 HARMONIC = {
