@@ -41,7 +41,7 @@ def shared_code():
 
 @pytest.fixture
 def own_code(monkeypatch):
-    """For tests of flows, each of which is compiled with the map."""
+    """For flows and other states, which are part of what is compiled."""
     monkeypatch.setattr(preparation, "BridgeSampler", BridgeSampler)
 
 
@@ -333,7 +333,7 @@ def test_json_is_plain_and_complete(sound):
         pytest.param({"potential": {"kind": "stillinger_weber", "lambda": 26.0}}, "stiffer", marks=pytest.mark.slow),
     ],
 )
-def test_a_trajectory_of_another_state_or_potential_disagrees(small, folder, change, what):
+def test_a_trajectory_of_another_state_or_potential_disagrees(small, folder, own_code, change, what):
     if "potential" in change:
         change = {"potential": {**small.config["potential"], **change["potential"]}}
     path = folder / f"{what.replace(' ', '_')}.dcd"
@@ -500,6 +500,6 @@ def test_every_lammps_trajectory_agrees(name, file):
 @pytest.mark.parametrize(
     ("name", "file", "temperature"), [("mw_cubic_64", "traj.lammpstrj", 220.0), ("lj_fcc_256", "traj.extxyz.gz", 2.2)]
 )
-def test_lammps_at_another_temperature_disagrees(name, file, temperature):
+def test_lammps_at_another_temperature_disagrees(own_code, name, file, temperature):
     system = variant(ff.load(name), name="hot", temperature=temperature)
     assert comparison.compare(system, REFDATA / name / file, target_error=5e-4).verdict == "disagree"
