@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 
 from freeflow.errors import InputError
 
-# Loops that write several arrays at once: the ten bond moments of a three-body potential share their reads and
+# Loops that write several arrays at once: the bond moments of a three-body potential share their reads and
 # exponentials. Versions of XLA that do so by themselves ignore the option.
 # Vectors as wide as the processor's, not half of that; on others the compiler takes what there is.
 CPU_FLAGS = (

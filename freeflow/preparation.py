@@ -397,9 +397,13 @@ def batch_size(potential: Any, n_atoms: int) -> int:
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
     if not many_body(potential):
-        return 64  # pair kernels go through tiles of atoms, whatever their number, and shorter rows cost as much
-    # Few enough for the cache; where not even eight are, those of many-body potentials go through tiles, too.
-    return int(np.clip(2 ** round(math.log2(2**15 / n_atoms)), 8, 128)) if n_atoms <= 2**13 else 64
+        return 64  # pair kernels hold few arrays, and large crystals go through tiles of atoms
+    # Many-body kernels hold many: rows as long as caches allow, but none of 16, which XLA makes slow code for. Where not
+    # even eight are few enough, these go through tiles, too.
+    for rows, atoms in ((128, 2**8), (64, 2**10), (32, 2**11), (8, 2**14)):
+        if n_atoms <= atoms:
+            return rows
+    return 64
 
 
 def fitting_batch(potential: Any, n_atoms: int, precision: str) -> int:

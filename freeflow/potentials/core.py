@@ -78,13 +78,13 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
     cosine = np.asarray(potential.cosine, dtype)
 
     def gather(pair: Pair) -> tuple[Parts, Parts]:
-        inverse_r = jax.lax.rsqrt(pair.r2)
-        return (potential.pair(pair.r2),), moments.of_bond(weight(pair.r2), [d * inverse_r for d in pair.d])
+        inverse_r = jnp.sqrt(pair.r2) / pair.r2
+        return (potential.pair(pair.r2),), moments.of_bond(weight(pair.r2), pair.d, inverse_r)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         _, slope = with_slope(potential.pair, pair.r2)
         return (), moments.gradient_on_start(
-            pair.here, pair.there, pair.d, jax.lax.rsqrt(pair.r2), slope, with_slope(weight, pair.r2)
+            pair.here, pair.there, pair.d, jnp.sqrt(pair.r2) / pair.r2, slope, with_slope(weight, pair.r2)
         )
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:

@@ -114,7 +114,7 @@ def _hessian(f: _Radial, d: np.ndarray) -> np.ndarray:
 
 
 def _monomials(d: np.ndarray) -> _Derivatives:
-    """Monomials of bond vectors (n, 3) in the order of the moments."""
+    """Monomials of bond vectors (n, 3): those of M0, of M2 as xx, xy, xz, yy, yz, zz, and of M1."""
     value, first = np.ones((len(d), _N_MOMENTS)), np.zeros((len(d), _N_MOMENTS, 3))
     second = np.zeros((len(d), _N_MOMENTS, 3, 3))
     for c, (a, b) in enumerate(_SECOND, start=1):

@@ -172,13 +172,13 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
 
     def gather(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
-        inverse_r = jax.lax.rsqrt(r2)
-        return (of_pair(r2),), moments.of_bond(weight(r2), [component * inverse_r for component in d])
+        inverse_r = jnp.sqrt(r2) / r2
+        return (of_pair(r2),), moments.of_bond(weight(r2), d, inverse_r)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
         _, slope = with_slope(of_pair, r2)
-        pull = moments.gradient_on_start(pair.here, pair.there, d, jax.lax.rsqrt(r2), slope, with_slope(weight, r2))
+        pull = moments.gradient_on_start(pair.here, pair.there, d, jnp.sqrt(r2) / r2, slope, with_slope(weight, r2))
         return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
 
     def kernel(u: Array, f: Array) -> _Sums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from freeflow.potentials.core import Potential
@@ -41,25 +42,31 @@ def stillinger_weber(
     cutoff = a * sigma
     scale = math.sqrt(lam * epsilon)
 
+    @jax.custom_jvp
     def radial(r2):
-        inside = r2 < cutoff**2
-        # 1/(r - cutoff) runs to minus infinity at the edge; the guard comes before the division
-        # so that neither value nor slope meets 0 * inf in float32.
-        r = jnp.sqrt(jnp.where(inside, r2, (0.5 * cutoff) ** 2))
-        gap = jnp.minimum(r - cutoff, -1e-3 * sigma)
-        return inside & (r - cutoff < -1e-3 * sigma), r, sigma / gap
+        """sigma/r and sigma/(r - cutoff), the latter as if just inside beyond its pole."""
+        r = jnp.sqrt(r2)
+        return sigma * r / r2, sigma / jnp.minimum(r - cutoff, -1e-3 * sigma)
+
+    @radial.defjvp
+    def _slopes(at, change):
+        # Powers of what is there already: roots and divisions are what these kernels spend their time with.
+        s, decay = radial(*at)
+        stretch = (0.5 / sigma**2) * s * change[0]  # dr / sigma
+        return (s, decay), (-(s * s) * stretch, -(decay * decay) * stretch)
+
+    def inside(r2, value):
+        return jnp.where(r2 < (cutoff - 1e-3 * sigma) ** 2, value, 0.0)
 
     def weight(r2):
-        inside, _, decay = radial(r2)
-        return jnp.where(inside, scale * jnp.exp(gamma * decay), 0.0)
+        return inside(r2, scale * jnp.exp(gamma * radial(r2)[1]))
 
     def pair(r2):
-        inside, r, decay = radial(r2)
-        s = sigma / r
+        s, decay = radial(r2)
         two_body = A * epsilon * (B * _power(s, p) - _power(s, q)) * jnp.exp(decay)
         # The moments count every bond with itself, at both of its ends; theta is 0 there.
-        itself = lam * epsilon * (1 - cos_theta0) ** 2 * jnp.exp(2 * gamma * decay)
-        return jnp.where(inside, two_body - itself, 0.0)
+        itself = lam * epsilon * (1 - cos_theta0) ** 2 * jnp.exp(gamma * decay) ** 2
+        return inside(r2, two_body - itself)
 
     return Potential("stillinger_weber", cutoff, pair, weight, cos_theta0)
 
