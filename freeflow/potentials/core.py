@@ -58,15 +58,15 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
 
 
 def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pair potentials, along the device's walk; a pair's energy is shared by both ends."""
+    """Pair potentials, along the device's walk."""
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
-        energy, slope = with_slope(potential.pair, pair.r2)
-        return (), (0.5 * energy, *(-2 * slope * component for component in pair.d))
+        _, slope = with_slope(potential.pair, pair.r2)
+        return (potential.pair(pair.r2_apart),), tuple(-2 * slope * component for component in pair.d)
 
     def pairs(u: Array) -> tuple[Array, Array]:
-        _, (energy, *gradient) = walk.total(push, [u[:, a] for a in range(3)], (1, -1, -1, -1))
+        (energy,), gradient = walk.total(push, [u[:, a] for a in range(3)], (-1, -1, -1), n_own=1)
         return energy, jnp.stack(gradient, axis=1)
 
     return pairs
@@ -79,7 +79,7 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
 
     def gather(pair: Pair) -> tuple[Parts, Parts]:
         inverse_r = jnp.sqrt(pair.r2) / pair.r2
-        return (potential.pair(pair.r2),), moments.of_bond(weight(pair.r2), pair.d, inverse_r)
+        return (potential.pair(pair.r2_apart),), moments.of_bond(weight(pair.r2), pair.d, inverse_r)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         _, slope = with_slope(potential.pair, pair.r2)

@@ -33,6 +33,7 @@ class Pair(NamedTuple):
 
     d: list[Array]  # from the atom to its partner, by component [length]
     r2: Array  # its square [length**2]
+    r2_apart: Array  # the same, for what is better evaluated twice than kept; see `_Bonds`
     here: Parts  # fields of the atom
     there: Parts  # and of its partner
     common: Parts  # what all atoms of a sample share
@@ -107,19 +108,26 @@ class _Slots(NamedTuple):
 
 
 class _Bonds:
-    """Separations of pairs, at nearest images where a table says so."""
+    """Separations of pairs, at nearest images where a table says so.
+
+    XLA on CPU puts what two results need into an array of its own, step by step of the arithmetic, and reading and
+    writing these takes longer than all of it. Behind a barrier it does not see that it evaluates something again.
+    """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
         self._box = None if table.box is None else np.asarray(table.box, dtype)
         self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
 
-    def between(self, there: Sequence[Array], here: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array]:
-        """Components from atoms displaced by `here` to partners displaced by `there`, and their squares."""
+    def between(self, there: Sequence[Array], here: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array, Array]:
+        """Components from atoms displaced by `here` to partners displaced by `there`, and their squares, twice."""
         d = [slot.offset[:, a, None] + there[a] - here[a] for a in range(3)]
         if self._box is not None:
             d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
+        return d, self._square(d, slot), self._square(jax.lax.optimization_barrier(d), slot)
+
+    def _square(self, d: list[Array], slot: _Slots) -> Array:
         r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-        return d, r2 if slot.empty is None else jnp.where(slot.empty[:, None], self._nowhere, r2)
+        return r2 if slot.empty is None else jnp.where(slot.empty[:, None], self._nowhere, r2)
 
 
 class SlotBySlot(Walk):
@@ -278,7 +286,7 @@ class ByThreads(Walk):
                 if self._box is not None:
                     d = [d[a] - edge * jnp.floor(d[a] / edge + 0.5) for a, edge in enumerate(self._box)]
                 r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-                own, shares = visit(Pair(d, r2, here, tuple(field[other, samples] for field in others), row))
+                own, shares = visit(Pair(d, r2, r2, here, tuple(field[other, samples] for field in others), row))
                 # What atoms keep is booked half at either end.
                 more = (*(0.5 * part for part in own), *shares)
                 return tuple(total + part for total, part in zip(carry, more, strict=True))
