@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kernels import Once, one_core, per_cpu_second
+from benchmarks.kernels import Once, one_core, per_cpu_second, repeatedly
 from freeflow.compiler import prefer_fast_code
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
@@ -42,21 +42,8 @@ def way(lattice: str, density: float, potential: Potential, repeats: int, batch:
     u = np.random.default_rng(0).standard_normal((batch, n, 3)) * 0.04 * density ** (-1 / 3)
     u = jnp.asarray(u, jnp.float32)
     evaluate = jax.vmap(energy_and_gradient(potential, table, "float32"))
-    # As in an estimate, where a compiled loop goes through the stages: memory is taken once for all of them.
-    times = max(1, round(EACH_CALL / (batch * n)))
-
-    def step(_, carry):
-        u, total = carry
-        energy, gradient = evaluate(u)
-        return u - 1e-6 * gradient, total + energy
-
-    repeated = jax.jit(lambda u: jax.lax.fori_loop(0, times, step, (u, jnp.zeros(batch))))
-
-    def once() -> int:
-        jax.block_until_ready(repeated(u))
-        return batch * n * times
-
-    return n, once
+    evaluations = repeatedly(evaluate, u, max(1, round(EACH_CALL / (batch * n))))
+    return n, lambda: n * evaluations()
 
 
 def microseconds_per_atom(case: str, all_repeats: Sequence[int], seconds: float, batch: int | None = None) -> dict:

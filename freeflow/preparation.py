@@ -398,7 +398,7 @@ def batch_size(potential: Any, n_atoms: int) -> int:
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
     if not many_body(potential):
         return 64  # pair kernels hold few arrays, and large crystals go through tiles of atoms
-    # Many-body kernels hold many: rows as long as caches allow, but none of 16, which XLA makes slow code for. Where$
+    # Many-body kernels hold many: rows as long as caches allow, but none of 16, which XLA makes slow code for. Where
     # not even eight are few enough, these go through tiles, too.
     for rows, atoms in ((128, 2**8), (64, 2**10), (32, 2**11), (8, 2**14)):
         if n_atoms <= atoms:
