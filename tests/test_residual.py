@@ -26,6 +26,8 @@ from freeflow.references import gaussian_from_blocks, harmonic_blocks
 from freeflow.symmetries import site_colours
 from freeflow.types import Ensemble, ThermodynamicState
 
+pytestmark = pytest.mark.code("brief")
+
 STATE = ThermodynamicState(np.float64(1), np.float64(0))
 TINY = {"n_sweeps": 2, "width": 8, "depth": 1}
 SCALE = 0.1  # displacements from the cage, in units of the bond
