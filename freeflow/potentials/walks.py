@@ -102,7 +102,7 @@ class _Slots(NamedTuple):
     """Slots of a neighbour table as a loop reads them; leading axes stack slots, and tiles."""
 
     partner: Any  # (n_atoms,)
-    source: Any  # (n_atoms,) of the slot before
+    source: Any  # (n_atoms,): whose partner an atom is
     offset: Any  # (n_atoms, 3)
     empty: Any  # (n_atoms,), or None
 
