@@ -115,7 +115,7 @@ def test_other_errors_are_not_tried_again(tmp_path, monkeypatch):
         pipeline.estimate(tmp_path / "system.yaml", max_samples=32)
 
 
-@pytest.mark.parametrize(("free", "batch"), [(None, 64), (10**12, 64), (2 * 2 * 4000 * 400 * 20, 16), (1, 1)])
+@pytest.mark.parametrize(("free", "batch"), [(None, 32), (10**12, 32), (2 * 2 * 4000 * 400 * 20, 16), (1, 1)])
 def test_the_batch_fits_into_the_memory(free, batch, monkeypatch):
     from freeflow.potentials import lennard_jones
 
