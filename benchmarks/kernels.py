@@ -38,7 +38,7 @@ SKIN = 3.0  # standard deviations of a pair's distance, as in freeflow.preparati
 
 Once = Callable[[], int]  # evaluates, and says how often
 ROUNDS = 8
-TIMES = 10  # evaluations of a batch per call
+TIMES = 10  # evaluations of a batch per call; jax-md's take long enough for one
 
 
 def one_core() -> None:
