@@ -84,7 +84,7 @@ def displaced(n_atoms: int, spacing: float, batch: int) -> np.ndarray:
 
 
 def strays(potential: Potential, table: NeighbourTable, u: np.ndarray, dtype: str, deformation=None) -> float:
-    """Largest relative deviation of the device's energies and forces from the CPU's slot by slot, in float64."""
+    """Largest relative deviation of the device's energies and forces from the CPU's, in float64."""
 
     def evaluate(dtype: str, u):
         if deformation is None:
@@ -96,7 +96,7 @@ def strays(potential: Potential, table: NeighbourTable, u: np.ndarray, dtype: st
         return energy, jnp.concatenate([by_u.reshape(len(u), -1), by_f.reshape(len(u), -1)], axis=1)
 
     found = [np.asarray(part, float) for part in evaluate(dtype, jnp.asarray(u, dtype))]
-    usual, walks.walk = walks.walk, walks.SlotBySlot
+    usual, walks.walk = walks.walk, walks.ByTiles
     try:
         with jax.default_device(jax.devices("cpu")[0]):
             exact = [np.asarray(part) for part in evaluate("float64", jnp.asarray(u, "float64"))]

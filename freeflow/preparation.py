@@ -53,10 +53,10 @@ _MELTED = 0.1  # share of trial samples with an atom off its site at which a run
 # Memory that a sample on its way takes for every atom in float32, compiled kernels measured: up to 300.
 _BYTES_PER_ATOM = 400
 _BATCH_OUTSIDE = 16  # samples that move together where a potential is not ours
-# Samples that move together on CPU, up to so many atoms: rows as long as caches allow for the arrays that a kernel
-# holds, but none of 16, which XLA makes slow code for; docs/speed.md has what each costs.
-_ROWS_OF_PAIRS = ((64, 3 * 2**10), (32, 2**13))
-_ROWS_OF_MANY_BODIES = ((128, 2**8), (64, 2**10), (32, 2**11), (8, 2**14))
+# Samples that move together on CPU, in small crystals and in others: there, one or two vectors of a processor, so that
+# what a tile's neighbours bring along stays in caches. docs/speed.md has what each costs.
+_SMALL = 2**7
+_ROWS_OF_PAIRS, _ROWS_OF_MANY_BODIES = (64, 32), (128, 16)
 # A cell that moves: pairs are seen up to so many times the cutoff besides; it is at rest when its mean is stretched by
 # less than this from the reference cell, and that must be the case after so many references.
 _CELL_SKIN, _AT_REST, _CELLS = 1.03, 0.01, 8
@@ -400,8 +400,7 @@ def batch_size(potential: Any, n_atoms: int) -> int:
         return _BATCH_OUTSIDE
     if jax.default_backend() != "cpu":
         return int(np.clip(2 ** round(math.log2(2**20 / n_atoms)), 64, 8192))
-    rows = _ROWS_OF_MANY_BODIES if many_body(potential) else _ROWS_OF_PAIRS
-    return next((samples for samples, atoms in rows if n_atoms <= atoms), 64)  # beyond, kernels go through tiles
+    return (_ROWS_OF_MANY_BODIES if many_body(potential) else _ROWS_OF_PAIRS)[n_atoms > _SMALL]
 
 
 def fitting_batch(potential: Any, n_atoms: int, precision: str) -> int:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from freeflow.errors import InputError
 from freeflow.geometry import NeighbourTable
-from freeflow.potentials import Potential, lennard_jones, walks
+from freeflow.potentials import Potential, lennard_jones
 from freeflow.potentials.core import pair_kernel
 from freeflow.trajectories import Box, read
 from freeflow.types import Ensemble, Numeric, Scalar, ThermodynamicState, Work, double_precision, in_double_precision
@@ -94,46 +94,22 @@ class Kernels(NamedTuple):
 
 
 def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str) -> Callable[[Array], Any]:
-    """All pairs at their nearest images.
-
-    Step s pairs atom i with atom i + s modulo n: a slice of an array that holds the atoms twice, and no index is
-    looked up. A pair is evaluated from both of its ends, which costs less than sending its force to the other one.
-    The threads of a GPU go through a table.
-    """
-    if walks.has_threads():
-        by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
-
-        def threaded(x: Array) -> tuple[Array, Array]:
-            energy, gradient = by_atoms(x)
-            return _total(energy), gradient
-
-        return threaded
-    box = np.asarray(box_length, dtype)
+    """All pairs at their nearest images."""
+    by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
 
     def kernel(x: Array) -> tuple[Array, Array]:
-        twice = jnp.concatenate([x, x])
-
-        def meet(shift, carry):
-            energy, gradient = carry
-            d = jax.lax.dynamic_slice_in_dim(twice, shift, n) - x
-            d = d - box * jnp.round(d / box)
-            r2 = d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1] + d[:, 2] * d[:, 2]
-            more, slope = jax.jvp(potential.pair, (r2,), (jnp.ones_like(r2),))
-            return energy + more, gradient - 2 * slope[:, None] * d
-
-        zero = jnp.zeros_like(x)
-        energy, gradient = jax.lax.fori_loop(1, n, meet, (zero[:, 0], zero))
-        return 0.5 * _total(energy), gradient
+        energy, gradient = by_atoms(x)
+        return _total(energy), gradient
 
     return kernel
 
 
 def _all_pairs(n: int, box_length: float) -> NeighbourTable:
     """Every pair once, at its nearest image: step s pairs atom i with atom i + s modulo n, half way round."""
-    atoms, steps = np.arange(n), np.arange(1, n // 2 + 1)[:, None]
+    atoms, steps = np.arange(n), np.arange(1, max(n // 2, 1) + 1)[:, None]
     partner, source = (atoms + steps) % n, (atoms - steps) % n
-    # Of an even number, those half way round meet twice.
-    empty = (2 * steps == n) & (atoms >= n // 2)
+    # Of an even number, those half way round meet twice; a single atom meets itself.
+    empty = (2 * steps == n) & (atoms >= n // 2) | (n == 1)
     box = np.full(3, box_length)
     return NeighbourTable(partner, source, np.zeros((*partner.shape, 3)), box_length, box, empty)
 

@@ -321,10 +321,10 @@ def test_force_constants(name, where):
 WALKED = ["lj", "mw", pytest.param("lj_fcc_32", id="nearest images")]
 
 
-@pytest.mark.parametrize("way", [walks.ByThreads, walks.ByTiles])
+@pytest.mark.parametrize("way", ["threads", "tiles, 0", "tiles, 1", "tiles, 3"])
 @pytest.mark.parametrize("name", WALKED)
-def test_all_ways_find_what_slots_do(monkeypatch, name, way):
-    """That of GPUs is interpreted; the last of the tiles is not full."""
+def test_all_ways_find_the_same(monkeypatch, name, way):
+    """That of GPUs is interpreted; the last of the tiles is not full; so many slots of tiles go together."""
     if name in POTENTIALS:
         crystal, potential = lattice("fcc" if name == "lj" else "diamond", name), POTENTIALS[name][0]
         table = neighbour_table(crystal, 1.1 * potential.cutoff)
@@ -332,16 +332,19 @@ def test_all_ways_find_what_slots_do(monkeypatch, name, way):
         system = load(name)
         crystal, potential, table = system.crystal, system.potential, nearest_image_table(system.crystal)
     u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(3)])
-    slots, atoms = batched(potential, table)(u), _booked(potential, table, u)
-    monkeypatch.setattr(walks, "walk", way)
-    monkeypatch.setattr(walks, "_TILE", 3 * crystal.n_atoms // 2 - 6)
-    threads = batched(potential, table)(u)
-    np.testing.assert_allclose(threads[0], slots[0], rtol=1e-12)
-    np.testing.assert_allclose(threads[1], slots[1], atol=1e-12 * float(jnp.abs(slots[1]).max()))
+    monkeypatch.setattr(walks, "_together", lambda task: 0)  # every pair in XLA's own loops, all atoms in one tile
+    plain, atoms = batched(potential, table)(u), _booked(potential, table, u)
+    if way == "threads":
+        monkeypatch.setattr(walks, "walk", walks.ByThreads)
+    else:
+        monkeypatch.setattr(walks, "_together", lambda task: int(way[-1]))
+        monkeypatch.setattr(walks, "_TILE", 3 * crystal.n_atoms // 2 - 6)
+    found = batched(potential, table)(u)
+    np.testing.assert_allclose(found[0], plain[0], rtol=1e-12)
+    np.testing.assert_allclose(found[1], plain[1], atol=1e-12 * float(jnp.abs(plain[1]).max()))
     single = batched(potential, table, "float32")(u.astype("float32"))
-    np.testing.assert_allclose(single[0], slots[0], rtol=1e-4)
-    if way is walks.ByTiles:  # energies at rest, atom by atom, are found slot by slot
-        np.testing.assert_allclose(_booked(potential, table, u), atoms, rtol=1e-11)
+    np.testing.assert_allclose(single[0], plain[0], rtol=1e-4)
+    np.testing.assert_allclose(_booked(potential, table, u), atoms, rtol=1e-11)
 
 
 def _booked(potential, table, u):

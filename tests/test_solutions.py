@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from freeflow.errors import InputError
-from freeflow.potentials import walks
 from freeflow.solutions import direct_work, lennard_jones_solute, read_frames, solution, wca_solute
 from freeflow.units import UNIT_STYLES
 
@@ -135,15 +134,14 @@ def test_kernels_of_batches_agree_with_the_energy(dtype, close):
     np.testing.assert_allclose(np.moveaxis(np.asarray(pull + push), -1, 0), gradient, rtol=0, atol=10 * close * scale)
 
 
-@pytest.mark.parametrize("n", [6, 7])
-def test_threads_of_a_gpu_find_what_the_loop_does(monkeypatch, n):
-    """The kernel for GPUs, interpreted, for odd and even numbers of atoms."""
-    x = jnp.moveaxis(jnp.stack([positions(seed, n) for seed in range(3)]), 0, -1)
-    energy, gradient = jax.jit(small(n).kernels().solvent)(x)
-    monkeypatch.setattr(walks, "has_threads", lambda: True)
-    threads, pull = jax.jit(small(n).kernels().solvent)(x)
-    np.testing.assert_allclose(threads, energy, rtol=1e-12)
-    np.testing.assert_allclose(pull, gradient, atol=1e-12 * float(jnp.abs(gradient).max()))
+@pytest.mark.parametrize("n", [2, 6, 7])
+def test_every_pair_of_solvent_atoms_counts_once_at_its_nearest_image(n):
+    problem, x = small(n), positions(1, n)
+    i, j = np.triu_indices(n, 1)
+    d = x[i] - x[j]
+    d -= problem.box_length * np.round(d / problem.box_length)
+    pairs = problem.solvent.pair(jnp.asarray((d**2).sum(axis=1)))
+    np.testing.assert_allclose(problem.kernels().solvent(jnp.asarray(x)[..., None])[0], [pairs.sum()], rtol=1e-12)
 
 
 def test_energy_has_the_symmetries_of_the_box():

@@ -62,12 +62,12 @@ def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kern
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
-        _, slope = with_slope(potential.pair, pair.r2)
-        return (potential.pair(pair.r2_apart),), tuple(-2 * slope * component for component in pair.d)
+        energy, slope = with_slope(potential.pair, pair.r2)
+        return (energy,), tuple(-2 * slope * component for component in pair.d)
 
     def pairs(u: Array) -> tuple[Array, Array]:
-        (energy,), gradient = walk.total(push, [u[:, a] for a in range(3)], (-1, -1, -1), n_own=1)
-        return energy, jnp.stack(gradient, axis=1)
+        energy, *gradient = walk.total(push, walk.rows(u), 4, n_own=1)
+        return energy[: len(u)], jnp.stack(gradient, axis=1)[: len(u)]
 
     return pairs
 
@@ -78,21 +78,25 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
     cosine = np.asarray(potential.cosine, dtype)
 
     def gather(pair: Pair) -> tuple[Parts, Parts]:
-        inverse_r = jnp.sqrt(pair.r2) / pair.r2
-        return (potential.pair(pair.r2_apart),), moments.of_bond(weight(pair.r2), pair.d, inverse_r)
+        energy, slope = with_slope(potential.pair, pair.r2)
+        bond = moments.of_bond(weight(pair.r2), pair.d, jnp.sqrt(pair.r2) / pair.r2)
+        return (energy,), (*bond, *(-2 * slope * component for component in pair.d))
+
+    def finish(sums: Parts) -> Parts:
+        energy, *rest = sums
+        of_triplets, by = moments.energy_of(rest[:9], cosine)
+        return energy + of_triplets, *by, *rest[9:]
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
-        _, slope = with_slope(potential.pair, pair.r2)
         return (), moments.gradient_on_start(
-            pair.here, pair.there, pair.d, jnp.sqrt(pair.r2) / pair.r2, slope, with_slope(weight, pair.r2)
+            pair.here, pair.there, pair.d, jnp.sqrt(pair.r2) / pair.r2, with_slope(weight, pair.r2)
         )
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:
-        x = [u[:, a] for a in range(3)]
-        (energy,), sums = walk.total(gather, x, moments.PARITY, n_own=1)
-        of_triplets, by = moments.energy_of(sums, cosine)
-        _, gradient = walk.total(push, x, (-1, -1, -1), fields=by)
-        return energy + of_triplets, jnp.stack(gradient, axis=1)
+        x = walk.rows(u)
+        energy, *sums = walk.total(gather, x, 13, n_own=1, finish=finish)
+        gradient = walk.total(push, x, tuple(sums[9:]), fields=tuple(sums[:9]))
+        return energy[: len(u)], jnp.stack(gradient, axis=1)[: len(u)]
 
     return pairs_and_triplets
 

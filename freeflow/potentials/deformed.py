@@ -126,10 +126,6 @@ def _along(row: Sequence[Array] | Array, d: list[Array]) -> Array:
     return row[0] * d[0] + row[1] * d[1] + row[2] * d[2]
 
 
-def _components(u: Array) -> list[Array]:
-    return [u[:, a] for a in range(3)]
-
-
 def _entries(f: Array) -> Parts:
     """A batch of deformations (3, 3, batch) as what all atoms of a sample share."""
     return tuple(f[a, b] for a in range(3) for b in range(3))
@@ -158,8 +154,9 @@ def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[
         return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
 
     def kernel(u: Array, f: Array) -> _Sums:
-        (energy, *virial), gradient = walk.total(visit, _components(u), (-1, -1, -1), n_own=7, common=_entries(f))
-        return _Sums(energy, jnp.stack(gradient, axis=1), _matrix(tuple(virial)))
+        sums = walk.total(visit, walk.rows(u), 10, n_own=7, common=_entries(f))
+        energy, virial, gradient = sums[0], sums[1:7], sums[7:]
+        return _Sums(energy[: len(u)], jnp.stack(gradient, axis=1)[: len(u)], _matrix(virial))
 
     return kernel
 
@@ -172,20 +169,25 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
 
     def gather(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
-        inverse_r = jnp.sqrt(r2) / r2
-        return (of_pair(r2),), moments.of_bond(weight(r2), d, inverse_r)
+        value, slope = with_slope(of_pair, r2)
+        pull = [-2 * slope * component for component in d]
+        bond = moments.of_bond(weight(r2), d, jnp.sqrt(r2) / r2)
+        return (value, *(-pull[a] * d[b] for a, b in _UPPER)), (*bond, *pull)
+
+    def finish(sums: Parts) -> Parts:
+        of_triplets, by = moments.energy_of(sums[7:16], cosine)
+        return sums[0] + of_triplets, *sums[1:7], *by, *sums[16:]
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
-        _, slope = with_slope(of_pair, r2)
-        pull = moments.gradient_on_start(pair.here, pair.there, d, jnp.sqrt(r2) / r2, slope, with_slope(weight, r2))
+        pull = moments.gradient_on_start(pair.here, pair.there, d, jnp.sqrt(r2) / r2, with_slope(weight, r2))
         return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
 
     def kernel(u: Array, f: Array) -> _Sums:
-        x, entries = _components(u), _entries(f)
-        (energy,), sums = walk.total(gather, x, moments.PARITY, n_own=1, common=entries)
-        of_triplets, by = moments.energy_of(sums, cosine)
-        virial, gradient = walk.total(push, x, (-1, -1, -1), n_own=6, fields=by, common=entries)
-        return _Sums(energy + of_triplets, jnp.stack(gradient, axis=1), _matrix(virial))
+        x, entries = walk.rows(u), _entries(f)
+        energy, *sums = walk.total(gather, x, 19, n_own=7, common=entries, finish=finish)
+        sums, by = (*sums[:6], *sums[15:]), tuple(sums[6:15])
+        sums = walk.total(push, x, sums, n_own=6, fields=by, common=entries)
+        return _Sums(energy[: len(u)], jnp.stack(sums[6:], axis=1)[: len(u)], _matrix(sums[:6]))
 
     return kernel

@@ -45,10 +45,9 @@ def gradient_on_start(
     there: Sequence[Array],
     d: Sequence[Array],
     inverse_r: Array,
-    slope: Array,
     weight: tuple[Array, Array],
 ) -> tuple[Array, Array, Array]:
-    """Gradient of the energy on the atom that a bond starts from, through that bond.
+    """Gradient of the moments' energy on the atom that a bond starts from, through that bond.
 
     With S1 and S2 the derivatives by M1 and M2, of both ends, the bond's energy is g/r S1.d + g/r^2 d.S2.d.
 
@@ -57,7 +56,6 @@ def gradient_on_start(
         there: By those of the one at the other end: a bond enters the moments of both.
         d: The bond, from the one to the other, by component [length].
         inverse_r: One over its length [1/length].
-        slope: d(pair energy)/d(r^2).
         weight: g and dg/d(r^2).
     """
     (x, y, z), (g, g_slope) = d, weight
@@ -72,7 +70,7 @@ def gradient_on_start(
     inverse_r2 = inverse_r * inverse_r
     g2, slope1 = g * inverse_r2, g_slope * inverse_r - 0.5 * g1 * inverse_r2
     slope2 = g_slope * inverse_r2 - g2 * inverse_r2
-    along = 2 * (slope + slope1 * s_d + slope2 * d_t)
+    along = 2 * (slope1 * s_d + slope2 * d_t)
     return (
         -(along * x + g1 * sx + 2 * g2 * tx),
         -(along * y + g1 * sy + 2 * g2 * ty),

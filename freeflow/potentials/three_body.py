@@ -46,7 +46,7 @@ def stillinger_weber(
     def radial(r2):
         """sigma/r and sigma/(r - cutoff), the latter as if just inside beyond its pole."""
         r = jnp.sqrt(r2)
-        return sigma * r / r2, sigma / jnp.minimum(r - cutoff, -1e-3 * sigma)
+        return sigma * (r / r2), sigma / jnp.minimum(r - cutoff, -1e-3 * sigma)
 
     @radial.defjvp
     def _slopes(at, change):

@@ -1,4 +1,4 @@
-"""Sums over the pairs of a neighbour table: slot by slot, by tiles of atoms where caches are small, or by GPU threads.
+"""Sums over the pairs of a neighbour table: by tiles of atoms on CPU, by threads on a GPU.
 
 A kernel says what an atom keeps of a pair and what both ends get of it; the walk visits all pairs and adds up. Which
 walk a kernel takes is decided where it is traced, by JAX's default device.
@@ -19,11 +19,13 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Up to so many bytes of positions, fields and sums stay in caches while a walk goes through the slots; beyond, it goes
-# by tiles of so many numbers per component.
-_CACHED, _TILE = 2**23, 2**13
-# What is shared is fetched at once if it is no more than so many quantities, in rows of no fewer samples.
-_FEW, _LONG = 4, 32
+# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches.
+_TILE = 2**13
+# Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
+_TOGETHER = ((3, 50), (2, 100), (1, 260))
+_SHORTEST = 4  # rows of samples that vectors are made of
+# Instructions that functions become; others are one each.
+_INSTRUCTIONS = {"exp": 25, "log": 25, "tanh": 25, "pow": 50}
 # What a thread of the GPU kernel holds of an array [bytes], threads in a warp, and warps of a program at most.
 _EACH, _WARP, _WARPS = 16, 32, 4
 
@@ -33,7 +35,6 @@ class Pair(NamedTuple):
 
     d: list[Array]  # from the atom to its partner, by component [length]
     r2: Array  # its square [length**2]
-    r2_apart: Array  # the same, for what is better evaluated twice than kept; see `_Bonds`
     here: Parts  # fields of the atom
     there: Parts  # and of its partner
     common: Parts  # what all atoms of a sample share
@@ -41,6 +42,7 @@ class Pair(NamedTuple):
 
 # What the atom keeps of a pair, and what it shares. Elementwise arithmetic only: the shapes are those of the walk.
 Visit = Callable[[Pair], tuple[Parts, Parts]]
+Finish = Callable[[Parts], Parts]
 
 
 class Task(NamedTuple):
@@ -48,49 +50,56 @@ class Task(NamedTuple):
 
     visit: Visit
     x: Sequence[Array]
-    parity: tuple[int, ...]
+    begin: Parts
     n_own: int
     fields: Parts
     common: Parts
+    finish: Finish
 
 
 class Walk(ABC):
     """A way to visit all pairs of a table."""
 
+    @abstractmethod
+    def rows(self, u: Array) -> list[Array]:
+        """Components of displacements (n_atoms, 3, batch) as the walk wants them, (n_rows, batch) each.
+
+        There may be rows after those of the atoms. They have no pairs.
+        """
+
     def total(
         self,
         visit: Visit,
         x: Sequence[Array],
-        parity: tuple[int, ...],
+        sums: int | Parts,
         n_own: int = 0,
         fields: Parts = (),
         common: Parts = (),
-    ) -> tuple[Parts, Parts]:
-        """Sums over the pairs, (n_atoms, batch) each.
+        finish: Finish = lambda sums: sums,
+    ) -> Parts:
+        """Sums over the pairs, (n_rows, batch) each: what atoms keep, then what they share.
 
         Args:
-            visit: What an atom keeps of a pair, and what both ends get of it. Seen from the partner the former must
-                be the same: on which of the two it is booked is up to the walk.
-            x: Components of the displacements, (n_atoms, batch) each [length].
-            parity: Signs of the shared quantities at the partner: +1, or -1 for what changes sign with the bond.
-            n_own: How many quantities an atom keeps.
-            fields: Arrays (n_atoms, batch) that `visit` wants to know at both ends.
+            visit: What an atom keeps of a pair, and what both ends get of it. It sees a pair from either end. What
+                atoms keep must be the same from both: on which of the two it is booked is up to the walk.
+            x: What `rows` made of the displacements [length].
+            sums: How many there are, or what they begin with.
+            n_own: How many of them atoms keep.
+            fields: Arrays (n_rows, batch) that `visit` wants to know at both ends.
             common: Arrays (batch,) that it wants to know besides.
-
-        Returns:
-            What atoms keep, and what they share.
+            finish: What to make of an atom's sums; elementwise arithmetic, too.
         """
-        sums = self._sums(Task(visit, x, parity, n_own, fields, common))
-        return sums[:n_own], sums[n_own:]
+        begin = (jnp.zeros_like(x[0]),) * sums if isinstance(sums, int) else sums
+        return self._sums(Task(visit, x, begin, n_own, fields, common, finish))
 
     @abstractmethod
     def _sums(self, task: Task) -> Parts:
-        """What atoms keep, then what they share."""
+        """What `finish` made of the sums."""
 
 
 def walk(table: NeighbourTable, dtype: Any) -> Walk:
     """The walk for JAX's default device."""
-    return ByThreads(table, dtype) if has_threads() else BySize(table, dtype)
+    return ByThreads(table, dtype) if has_threads() else ByTiles(table, dtype)
 
 
 def has_threads() -> bool:
@@ -99,151 +108,123 @@ def has_threads() -> bool:
 
 
 class _Slots(NamedTuple):
-    """Slots of a neighbour table as a loop reads them; leading axes stack slots, and tiles."""
+    """Slots of a neighbour table, or a few of them."""
 
-    partner: Any  # (n_atoms,)
-    source: Any  # (n_atoms,): whose partner an atom is
-    offset: Any  # (n_atoms, 3)
-    empty: Any  # (n_atoms,), or None
-
-
-class _Bonds:
-    """Separations of pairs, at nearest images where a table says so.
-
-    XLA on CPU puts what two results need into an array of its own, step by step of the arithmetic, and reading and
-    writing these takes longer than all of it. Behind a barrier it does not see that it evaluates something again.
-    """
-
-    def __init__(self, table: NeighbourTable, dtype: Any):
-        self._box = None if table.box is None else np.asarray(table.box, dtype)
-        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
-
-    def between(self, there: Sequence[Array], here: Sequence[Array], slot: _Slots) -> tuple[list[Array], Array, Array]:
-        """Components from atoms displaced by `here` to partners displaced by `there`, and their squares, twice."""
-        d = [slot.offset[:, a, None] + there[a] - here[a] for a in range(3)]
-        if self._box is not None:
-            d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
-        return d, self._square(d, slot), self._square(jax.lax.optimization_barrier(d), slot)
-
-    def _square(self, d: list[Array], slot: _Slots) -> Array:
-        r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-        return r2 if slot.empty is None else jnp.where(slot.empty[:, None], self._nowhere, r2)
-
-
-class SlotBySlot(Walk):
-    """Visits every pair once, slot by slot.
-
-    Every component is an array (n_atoms, batch) of its own, so that all arithmetic runs along the batch. XLA on CPU
-    joins the fetching of what a slot gives to the partners with the arithmetic that it comes from, and evaluates that
-    twice. For few quantities this is cheaper than keeping them; many travel through the loop's carry and are fetched
-    one slot later.
-    """
-
-    def __init__(self, table: NeighbourTable, dtype: Any):
-        self._slots = _Slots(
-            np.asarray(table.partner, np.int32),
-            np.asarray(table.source, np.int32),
-            np.asarray(table.offset, dtype),
-            None if table.empty is None else np.asarray(table.empty),
-        )
-        self._bonds = _Bonds(table, dtype)
-
-    def _sums(self, task: Task) -> Parts:
-        visit, x, parity, n_own, fields, common = task
-        rows = tuple(row[None] for row in common)
-        zero = jnp.zeros_like(x[0])
-        none = (zero,) * len(parity)
-
-        def book(totals: Parts, shares: Parts, at: Any) -> Parts:
-            return tuple(
-                total + share + sign * share[at] for total, share, sign in zip(totals, shares, parity, strict=True)
-            )
-
-        def visited(own: Parts, slot: _Slots) -> tuple[Parts, Parts]:
-            there = tuple(field[slot.partner] for field in fields)
-            bond = self._bonds.between([place[slot.partner] for place in x], x, slot)
-            more, shares = visit(Pair(*bond, fields, there, rows))
-            return tuple(a + b for a, b in zip(own, more, strict=True)), shares
-
-        def at_once(carry, slot):
-            own, shares = visited(carry[0], slot)
-            return (own, book(carry[1], shares, slot.source)), None
-
-        def later(carry, now):
-            (own, totals, shares), (slot, before) = carry, now
-            totals = book(totals, shares, before)
-            own, shares = visited(own, slot)
-            return (own, totals, shares), None
-
-        start = (zero,) * n_own
-        if len(parity) <= _FEW and x[0].shape[1] >= _LONG:
-            (own, totals), _ = jax.lax.scan(at_once, (start, none), self._slots, unroll=1 if fields else 2)
-            return (*own, *totals)
-        # Nothing comes before slot 0, whose atoms fetch nothing from where they like.
-        before = np.concatenate([np.zeros_like(self._slots.source[:1]), self._slots.source[:-1]])
-        (own, totals, shares), _ = jax.lax.scan(later, (start, none, none), (self._slots, before))
-        return (*own, *book(totals, shares, self._slots.source[-1]))
+    partner: Any  # (..., n_atoms)
+    offset: Any  # (..., n_atoms, 3)
+    empty: Any  # (..., n_atoms), or None
 
 
 class ByTiles(Walk):
-    """Visits every pair from both of its ends, tile by tile of atoms.
+    """Visits every pair from both of its ends, tile by tile of atoms and a few slots at a time, in one loop each.
 
-    An atom that owes nothing to others is finished while its tile is in the cache. In large crystals reading and
-    writing all sums for every slot costs more than evaluating pairs twice.
+    Every component is an array (n_rows, batch) of its own, so that all arithmetic runs along the batch. XLA on CPU
+    puts what two results need into an array of its own and then reads it again, step by step of the arithmetic, which
+    takes longer than all of it. What a single operation consumes it evaluates in one loop, and summing several
+    quantities over a few slots, and over what there is already, is a single operation. Its loop goes by vectors if the
+    compiler unrolls the slots, which it does for few, and knows that nothing it reads is written: tables must stand in
+    arrays of their own, so the next slots travel through the carry.
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        self._slots = _both_ends(table, dtype)
-        self._bonds = _Bonds(table, dtype)
+        self._table, self._slots = table, _both_ends(table, dtype)
+        self._box = None if table.box is None else np.asarray(table.box, dtype)
+        self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
+        self._ready: dict[Any, Any] = {}  # tables that passes share
+
+    def _shape(self, batch: int) -> tuple[int, int]:
+        """Tiles, and rows of each.
+
+        Both are odd: arrays whose bytes are a multiple of a memory page, as those of 64 or 512 atoms are, lie in the
+        same lines of the caches one and all, and drive each other out.
+        """
+        n_atoms = self._table.partner.shape[1]
+        n_tiles = max(1, round(n_atoms * batch / _TILE)) | 1
+        return n_tiles, -(-n_atoms // n_tiles) | 1
+
+    def rows(self, u: Array) -> list[Array]:
+        """Filled up to whole tiles."""
+        n_atoms, _, batch = u.shape
+        fill = int(np.prod(self._shape(batch))) - n_atoms
+        return [jnp.pad(u[:, a], ((0, fill), (0, 0))) for a in range(3)]
 
     def _sums(self, task: Task) -> Parts:
-        visit, x, parity, n_own, fields, common = task
-        n_atoms, batch = x[0].shape
-        rows = tuple(row[None] for row in common)
-        n_tiles = max(1, round(n_atoms * batch / _TILE))
-        size = -(-n_atoms // n_tiles) | 1  # odd, as `_odd` says
-        n_tiles = -(-n_atoms // size)
-        # The last tile is filled up with its first atoms; what they give is cut off again.
-        atoms = (np.arange(n_tiles * size) % n_atoms).reshape(n_tiles, size)
+        n_own, batch = task.n_own, task.x[0].shape[1]
+        shape = self._shape(batch)
+        together = _together(task)
 
-        def finish(tile: tuple[Array, _Slots]) -> Parts:
-            here, slots = tile
-            start, fixed = [place[here] for place in x], tuple(field[here] for field in fields)
+        def tiled(parts: Sequence[Array]) -> Parts:
+            return tuple(part.reshape(*shape, batch) for part in parts)
 
-            def step(carry, now):
-                slot, begins = now
-                bond = self._bonds.between([place[slot.partner] for place in x], start, slot)
-                own, shares = visit(Pair(*bond, fixed, tuple(field[slot.partner] for field in fields), rows))
-                more = (*(begins * part for part in own), *shares)
-                return tuple(total + part for total, part in zip(carry, more, strict=True)), None
+        def finish(tile: tuple[Parts, Parts, Parts, Any]) -> Parts:
+            start, here, begin, tables = tile
+            none = (jnp.zeros_like(start[0]),) * n_own
+            sums = self._walked(task, start, here, (*none, *begin[n_own:]), tables, together)
+            # What atoms keep is booked half at either end.
+            own = (first + 0.5 * part for first, part in zip(begin[:n_own], sums[:n_own], strict=True))
+            return task.finish((*own, *sums[n_own:]))
 
-            none = (jnp.zeros_like(start[0]),) * (n_own + len(parity))
-            # Two slots at a time: sums are read and written half as often; see docs/speed.md.
-            return jax.lax.scan(step, none, (slots, begins), unroll=2)[0]
+        tables = self._tables(shape, max(1, together))
+        sums = jax.lax.map(finish, (tiled(task.x), tiled(task.fields), tiled(task.begin), tables))
+        return tuple(part.reshape(-1, batch) for part in sums)
 
-        # What atoms keep is booked where a pair begins, as slot by slot: energies at rest may come from there.
-        begins = np.repeat(np.asarray([1, 0], x[0].dtype), len(self._slots.partner) // 2)
-        slots = jax.tree.map(lambda values: np.moveaxis(values[:, atoms], 1, 0), self._slots)
-        sums = jax.lax.map(finish, (atoms.astype(np.int32), slots))
-        return tuple(part.reshape(-1, batch)[:n_atoms] for part in sums)
+    def _walked(
+        self, task: Task, start: Parts, here: Parts, sums: Parts, tables: tuple[_Slots, ...], together: int
+    ) -> Parts:
+        """Sums of a tile with what the slots of its tables give."""
+        common = tuple(row[None, None] for row in task.common)
+        start, here = (tuple(part[None] for part in parts) for parts in (start, here))
 
+        def bond(slots: _Slots) -> tuple[list[Array], Array]:
+            d = [slots.offset[..., a, None] + task.x[a][slots.partner] - start[a] for a in range(3)]
+            if self._box is not None:
+                d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
+            r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+            return d, r2 if slots.empty is None else jnp.where(slots.empty[..., None], self._nowhere, r2)
 
-class BySize(Walk):
-    """Slot by slot, or by tiles where that would leave the caches."""
+        def more(sums: Parts, slots: _Slots) -> Parts:
+            d, r2 = bond(slots)
+            own, shares = task.visit(Pair(d, r2, here, tuple(field[slots.partner] for field in task.fields), common))
+            parts = [jnp.broadcast_to(part, r2.shape) for part in (*own, *shares)]
+            if not together:
+                return tuple(total + part[0] for total, part in zip(sums, parts, strict=True))
+            parts = [jnp.concatenate([total[None], part]) for total, part in zip(sums, parts, strict=True)]
+            zeros = [np.zeros((), part.dtype) for part in parts]
+            return tuple(jax.lax.reduce(parts, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], (0,)))
 
-    def __init__(self, table: NeighbourTable, dtype: Any):
-        self._table, self._dtype = _odd(table), dtype
+        def step(carry: tuple[Parts, tuple[_Slots, ...]], after: tuple[_Slots, ...]) -> tuple[Any, None]:
+            sums, now = carry
+            for slots in now:
+                sums = more(sums, slots)
+            return (sums, after), None
 
-    def _sums(self, task: Task) -> Parts:
-        n_atoms, n_rows = task.x[0].shape[0], self._table.partner.shape[1]
+        now = jax.tree.map(lambda values: values[0], tables)
+        after = jax.tree.map(lambda values: jnp.roll(values, -1, axis=0), tables)
+        return jax.lax.scan(step, (sums, now), after)[0][0]
 
-        def filled(parts: Sequence[Array]) -> Parts:
-            return tuple(jnp.pad(part, ((0, n_rows - n_atoms), (0, 0))) for part in parts)
+    def _tables(self, shape: tuple[int, int], together: int) -> tuple[_Slots, _Slots]:
+        """Slots of even and of odd turns; leading axes are tiles, turns, and the slots of a turn.
 
-        rows = task._replace(x=filled(task.x), fields=filled(task.fields))
-        arrays = len(task.x) + len(task.fields) + task.n_own + len(task.parity)
-        kind = SlotBySlot if arrays * rows.x[0].nbytes <= _CACHED else ByTiles
-        return tuple(part[:n_atoms] for part in kind(self._table, self._dtype)._sums(rows))
+        There are two turns to a step of the loop: the second writes where the first has read, and nothing need be
+        copied.
+        """
+        if (shape, together) in self._ready:
+            return self._ready[shape, together]
+        n_slots, n_atoms = self._slots.partner.shape
+        fill: Any = [(0, -n_slots % (2 * together)), (0, shape[0] * shape[1] - n_atoms)]
+
+        def of_turns(values: np.ndarray, nothing: Any) -> np.ndarray:
+            values = np.pad(values, fill + [(0, 0)] * (values.ndim - 2), constant_values=nothing)
+            return np.moveaxis(values.reshape(-1, 2, together, *shape, *values.shape[2:]), 3, 0)
+
+        slots = _Slots(
+            of_turns(self._slots.partner, 0),
+            of_turns(self._slots.offset, 1e3 * self._table.radius),
+            None if self._slots.empty is None else of_turns(self._slots.empty, True),
+        )
+        even, odd = (jax.tree.map(lambda values, turn=turn: values[:, :, turn], slots) for turn in range(2))
+        self._ready[shape, together] = even, odd
+        return even, odd
 
 
 class ByThreads(Walk):
@@ -266,16 +247,19 @@ class ByThreads(Walk):
         # Plain numbers: a kernel holds no arrays but its arguments.
         self._box = None if table.box is None else [float(edge) for edge in table.box]
 
+    def rows(self, u: Array) -> list[Array]:
+        """One for every atom."""
+        return [u[:, a] for a in range(3)]
+
     def _sums(self, task: Task) -> Parts:
-        visit, x, parity, n_own, fields, common = task
         from jax.experimental import pallas
         from jax.experimental.pallas import triton
 
-        (n_atoms, batch), dtype, n_sums = x[0].shape, x[0].dtype, n_own + len(parity)
+        (n_atoms, batch), dtype = task.x[0].shape, task.x[0].dtype
         block, warps = _shape(batch, dtype.itemsize)
         filled = -batch % block
 
-        def kernel(counts, partner, offset, places, others, shared, *sums):
+        def kernel(counts, partner, offset, places, begin, others, shared, *results):
             atom, samples = pallas.program_id(1), pallas.ds(pallas.program_id(0) * block, block)
             start, here = [place[atom, samples] for place in places], tuple(field[atom, samples] for field in others)
             row = tuple(field[samples] for field in shared)
@@ -286,49 +270,48 @@ class ByThreads(Walk):
                 if self._box is not None:
                     d = [d[a] - edge * jnp.floor(d[a] / edge + 0.5) for a, edge in enumerate(self._box)]
                 r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-                own, shares = visit(Pair(d, r2, r2, here, tuple(field[other, samples] for field in others), row))
+                own, shares = task.visit(Pair(d, r2, here, tuple(field[other, samples] for field in others), row))
                 # What atoms keep is booked half at either end.
                 more = (*(0.5 * part for part in own), *shares)
                 return tuple(total + part for total, part in zip(carry, more, strict=True))
 
-            none = (jnp.zeros((block,), dtype),) * n_sums
-            for reference, total in zip(sums, jax.lax.fori_loop(jnp.int32(0), counts[atom], step, none), strict=True):
-                reference[atom, samples] = total
+            sums = tuple(first[atom, samples] for first in begin)
+            sums = task.finish(jax.lax.fori_loop(jnp.int32(0), counts[atom], step, sums))
+            for result, total in zip(results, sums, strict=True):
+                result[atom, samples] = total
 
-        arguments = (list(x), fields, common)
+        n_results = len(jax.eval_shape(task.finish, task.begin))
+        arguments = (list(task.x), task.begin, task.fields, task.common)
         if filled:
             arguments = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, filled)]), arguments)
         sums = pallas.pallas_call(
             kernel,
             grid=((batch + filled) // block, n_atoms),
-            out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * n_sums,
+            out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * n_results,
             compiler_params=triton.CompilerParams(num_warps=warps),
             interpret=jax.default_backend() == "cpu",
         )(self._counts, self._partner, self._offset, *arguments)
         return tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
 
 
-def _odd(table: NeighbourTable) -> NeighbourTable:
-    """The same table for an odd number of atoms: an atom without pairs joins an even number.
+def _together(task: Task) -> int:
+    """Slots that one loop may visit; 0 if one is too many, and XLA's own loops are faster than one without vectors."""
+    single: Any = jax.ShapeDtypeStruct((), task.x[0].dtype)
+    fields, common = ((single,) * len(parts) for parts in (task.fields, task.common))
+    length = _length(jax.make_jaxpr(task.visit)(Pair([single] * 3, single, fields, fields, common)).jaxpr)
+    if (single.dtype == np.float64 and common) or task.x[0].shape[1] < _SHORTEST:
+        return 0
+    return next((slots for slots, most in _TOGETHER if length + 2 * len(task.begin) <= most), 0)
 
-    Arrays whose bytes are a multiple of a memory page, as those of 64 or 512 atoms are, lie in the same lines of the
-    caches one and all, and drive each other out: up to a third of the time.
-    """
-    n_slots, n_atoms = table.partner.shape
-    if n_atoms % 2:
-        return table
 
-    def joined(values: np.ndarray, by: Any) -> np.ndarray:
-        row = np.broadcast_to(np.asarray(by, values.dtype), (n_slots, 1, *values.shape[2:]))
-        return np.concatenate([values, row], axis=1)
-
-    empty = np.zeros((n_slots, n_atoms), bool) if table.empty is None else table.empty
-    return table._replace(
-        partner=joined(table.partner, n_atoms),
-        source=joined(table.source, n_atoms),
-        offset=joined(table.offset, [1e3 * table.radius, 0.0, 0.0]),
-        empty=None if table.box is None else joined(empty, True),
-    )
+def _length(jaxpr: Any) -> int:
+    """About how many instructions a visit becomes."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inner = [part for part in inner if hasattr(part, "eqns")]
+        total += sum(map(_length, inner)) if inner else _INSTRUCTIONS.get(equation.primitive.name, 1)
+    return total
 
 
 def _shape(batch: int, width: int) -> tuple[int, int]:
@@ -346,4 +329,4 @@ def _both_ends(table: NeighbourTable, dtype: Any) -> _Slots:
 
     empty = None if table.empty is None else np.concatenate([table.empty, seen_from_partner(table.empty)])
     offset = np.concatenate([table.offset, -seen_from_partner(table.offset)]).astype(dtype)
-    return _Slots(np.concatenate([table.partner, table.source]).astype(np.int32), None, offset, empty)
+    return _Slots(np.concatenate([table.partner, table.source]).astype(np.int32), offset, empty)
