@@ -112,7 +112,9 @@ def solutions(variants, target_error):
             found = estimate_difference(
                 problem, methods=(method,), target_error=target_error, seed=seed, max_samples=50_000
             )
-        assert found.status == "converged", (variant, found.best.reasons)
+        # BAR between the states has the frames that there are, whatever the target.
+        enough = {"converged", "target_not_reached"} if method == "bar" else {"converged"}
+        assert found.status in enough, (variant, found.best.reasons)
         answers[variant] = found.delta_f, found.delta_f_std_error
     return answers
 

@@ -201,7 +201,7 @@ def mutated_values(draw):
             inner = inner[step]
         kind = draw(st.sampled_from(["odd", "odd", "odd", "gone", "scaled", "other", "typo", "wrapped", "new"]))
         if kind == "odd":
-            inner[key] = draw(ODD)
+            inner[key] = copy.deepcopy(draw(ODD))  # or the next mutations would change what later cases draw
         elif kind == "gone":
             del inner[key]
         elif kind == "scaled" and isinstance(inner[key], int | float) and abs(inner[key]) < 1e300:
@@ -219,7 +219,7 @@ def mutated_values(draw):
         elif isinstance(inner, dict):
             inner[
                 draw(st.one_of(st.sampled_from(["name", "kind", "seed", "flow", "<<", "pairs"]), st.text(max_size=9)))
-            ] = draw(ODD)
+            ] = copy.deepcopy(draw(ODD))
     return values
 
 
