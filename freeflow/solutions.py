@@ -82,6 +82,9 @@ def lennard_jones_solute(epsilon: float = 1.0, *, cutoff: float, shift: bool = T
 # --------------------------------------------------------------------------- energies
 
 
+_TABLED = 1000  # atoms of a solvent whose pairs all stand in a table
+
+
 class Kernels(NamedTuple):
     """Energies (batch,) [energy] and their gradients (n, 3, batch) [energy/length] of a batch of configurations.
 
@@ -95,11 +98,39 @@ class Kernels(NamedTuple):
 
 def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str) -> Callable[[Array], Any]:
     """All pairs at their nearest images."""
+    if n > _TABLED:
+        return _without_table(potential, n, box_length, dtype)
     by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
 
     def kernel(x: Array) -> tuple[Array, Array]:
         energy, gradient = by_atoms(x)
         return _total(energy), gradient
+
+    return kernel
+
+
+def _without_table(potential: Potential, n: int, box_length: float, dtype: str) -> Callable[[Array], Any]:
+    """The same in memory O(n), at half the speed.
+
+    Step s pairs atom i with atom i + s modulo n: a slice of an array that holds the atoms twice, and no index is
+    looked up. A pair is evaluated from both of its ends, which costs less than sending its force to the other one.
+    """
+    box = np.asarray(box_length, dtype)
+
+    def kernel(x: Array) -> tuple[Array, Array]:
+        twice = jnp.concatenate([x, x])
+
+        def meet(shift, carry):
+            energy, gradient = carry
+            d = jax.lax.dynamic_slice_in_dim(twice, shift, n) - x
+            d = d - box * jnp.round(d / box)
+            r2 = d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1] + d[:, 2] * d[:, 2]
+            more, slope = jax.jvp(potential.pair, (r2,), (jnp.ones_like(r2),))
+            return energy + more, gradient - 2 * slope[:, None] * d
+
+        zero = jnp.zeros_like(x)
+        energy, gradient = jax.lax.fori_loop(1, n, meet, (zero[:, 0], zero))
+        return 0.5 * _total(energy), gradient
 
     return kernel
 

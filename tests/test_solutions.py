@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from freeflow import solutions
 from freeflow.errors import InputError
 from freeflow.solutions import direct_work, lennard_jones_solute, read_frames, solution, wca_solute
 from freeflow.units import UNIT_STYLES
@@ -142,6 +143,16 @@ def test_every_pair_of_solvent_atoms_counts_once_at_its_nearest_image(n):
     d -= problem.box_length * np.round(d / problem.box_length)
     pairs = problem.solvent.pair(jnp.asarray((d**2).sum(axis=1)))
     np.testing.assert_allclose(problem.kernels().solvent(jnp.asarray(x)[..., None])[0], [pairs.sum()], rtol=1e-12)
+
+
+def test_many_solvent_atoms_do_without_a_table(monkeypatch):
+    x = jnp.moveaxis(jnp.stack([positions(seed) for seed in range(3)]), 0, -1)
+    energy, gradient = jax.jit(small().kernels().solvent)(x)
+    monkeypatch.setattr(solutions, "_TABLED", 3)
+    monkeypatch.setattr(solutions, "_all_pairs", None)
+    again, pull = jax.jit(small().kernels().solvent)(x)
+    np.testing.assert_allclose(again, energy, rtol=1e-12)
+    np.testing.assert_allclose(pull, gradient, atol=1e-12 * float(jnp.abs(gradient).max()))
 
 
 def test_energy_has_the_symmetries_of_the_box():
