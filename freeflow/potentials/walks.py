@@ -139,7 +139,7 @@ class ByTiles(Walk):
         same lines of the caches one and all, and drive each other out.
         """
         n_atoms = self._table.partner.shape[1]
-        n_tiles = max(1, round(n_atoms * batch / _TILE)) | 1
+        n_tiles = int(np.clip(round(n_atoms * batch / _TILE), 1, n_atoms)) | 1
         return n_tiles, -(-n_atoms // n_tiles) | 1
 
     def rows(self, u: Array) -> list[Array]:
