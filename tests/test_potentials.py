@@ -350,7 +350,7 @@ def test_all_ways_find_the_same(monkeypatch, name, way):
 def test_a_long_batch_of_few_atoms_takes_no_more_rows_than_that():
     crystal = lattice("fcc", "lj")
     way = walks.ByTiles(neighbour_table(crystal, 3.0), "float32")
-    assert len(way.rows(np.zeros((crystal.n_atoms, 3, 10**5), "float32"))[0]) <= crystal.n_atoms + 1
+    assert len(way.rows(jnp.zeros((crystal.n_atoms, 3, 10**5), "float32"))[0]) <= crystal.n_atoms + 1
 
 
 def _booked(potential, table, u):
