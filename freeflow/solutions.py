@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from freeflow.errors import InputError
 from freeflow.geometry import NeighbourTable
-from freeflow.potentials import Potential, lennard_jones
+from freeflow.potentials import Potential, lennard_jones, walks
 from freeflow.potentials.core import pair_kernel
 from freeflow.trajectories import Box, read
 from freeflow.types import Ensemble, Numeric, Scalar, ThermodynamicState, Work, double_precision, in_double_precision
@@ -82,7 +82,7 @@ def lennard_jones_solute(epsilon: float = 1.0, *, cutoff: float, shift: bool = T
 # --------------------------------------------------------------------------- energies
 
 
-_TABLED = 1000  # atoms of a solvent whose pairs all stand in a table
+_TABLED = 1000  # atoms of a solvent whose pairs all stand in a table on CPU; the threads of a GPU know no other way
 
 
 class Kernels(NamedTuple):
@@ -98,7 +98,7 @@ class Kernels(NamedTuple):
 
 def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str) -> Callable[[Array], Any]:
     """All pairs at their nearest images."""
-    if n > _TABLED:
+    if n > _TABLED and not walks.has_threads():
         return _without_table(potential, n, box_length, dtype)
     by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
 
