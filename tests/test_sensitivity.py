@@ -108,13 +108,12 @@ def solutions(variants, target_error):
         method = options.pop("method", "bridge")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(switching, "_WORK_VARIANCE", options.pop("variance", switching._WORK_VARIANCE))
+            patch.setattr(solvation, "_FRAMES", 2**13)  # of half as many BAR has an error that just misses the target
             patch.setattr(solvation, "Fluid", functools.partial(switching.Fluid, **options))
             found = estimate_difference(
                 problem, methods=(method,), target_error=target_error, seed=seed, max_samples=50_000
             )
-        # BAR between the states has the frames that there are, whatever the target.
-        enough = {"converged", "target_not_reached"} if method == "bar" else {"converged"}
-        assert found.status in enough, (variant, found.best.reasons)
+        assert found.status == "converged", (variant, found.best.reasons)
         answers[variant] = found.delta_f, found.delta_f_std_error
     return answers
 
