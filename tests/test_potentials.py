@@ -25,6 +25,7 @@ from freeflow.potentials import (
     walks,
     wca,
 )
+from freeflow.potentials.core import run_once
 
 pytestmark = pytest.mark.code("brief")
 
@@ -547,3 +548,10 @@ def test_pairs_that_come_within_the_cutoff_count():
 
     energy = on_crystal(potential, crystal).relative(reach, "float64")(jnp.asarray(u))
     assert float(energy) == pytest.approx(total(crystal.sites + u) - total(crystal.sites), rel=1e-10)
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out():
+    options = {"xla_of_another_version": 1, "xla_backend_optimization_level": 0}
+    np.testing.assert_array_equal(run_once(lambda x: x + 1, np.zeros(2), options=options), [1, 1])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not a valid"):
+        run_once(lambda x: x + 1, np.zeros(2), options={"xla_backend_optimization_level": "fast"})

@@ -166,10 +166,8 @@ def bind(
 
 
 # For code that runs once: it is compiled without optimisation, which takes half the time, and by XLA's older code
-# generator, which takes half of the rest.
-RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):  # later versions have no such option, and refuse it
-    RUN_ONCE["xla_cpu_use_fusion_emitters"] = False
+# generator, where there is one, which takes half of the rest.
+RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def run_once(function: Callable[..., Any], *arguments: Any, options: dict[str, Any] | None = None) -> Any:
@@ -178,10 +176,20 @@ def run_once(function: Callable[..., Any], *arguments: Any, options: dict[str, A
     Args:
         function: Anything that JAX can trace.
         *arguments: Its arguments, NumPy arrays.
-        options: For the compiler, such as `RUN_ONCE`.
+        options: For the compiler, such as `RUN_ONCE`; it need not know all of them.
     """
-    compiled = jax.jit(function).lower(*arguments).compile(options)
+    compiled = _compiled(jax.jit(function).lower(*arguments), options or {})
     return jax.tree.map(np.asarray, compiled(*arguments))
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    try:
+        return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:  # versions of XLA know different ones
+        known = {name: value for name, value in options.items() if f"'{name}'" not in str(error)}
+        if len(known) == len(options) or "No such compile option" not in str(error):
+            raise
+        return _compiled(lowered, known)
 
 
 @in_double_precision
