@@ -29,12 +29,13 @@ print(json.dumps({"seconds": found.wall_seconds["sampling"], "work": [float(w).h
 
 def sampling(cores: list[int] | None, name: str, samples: int, stages: int, gpus: str | None = None) -> dict:
     """Seconds of sampling by the clock, and the work values in full, from a process on these cores or GPUs."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = dict(os.environ, PYTHONPATH=path)
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpus
     where = "" if cores is None else ",".join(map(str, cores))
     command = [sys.executable, "-c", _JOB, where, name, str(samples), str(stages)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
