@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.suite import MEASURES, Figure  # noqa: E402
-from freeflow.compiler import prefer_fast_code  # noqa: E402
 
 
 def number(x: float) -> str:
@@ -67,7 +66,6 @@ def main() -> int:
     if sys.argv[1:2] == ["calibration"]:
         from benchmarks import calibration
 
-        prefer_fast_code()
         return calibration.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(MEASURES)} (default: all)")
@@ -80,7 +78,6 @@ def main() -> int:
     if unknown:
         print(f"benchmarks: no measure {unknown[0]!r}; there are {', '.join(MEASURES)}", file=sys.stderr)
         return 2
-    prefer_fast_code()
     if arguments.inside is not None:
         figures = MEASURES[arguments.measures[0]](arguments.quick)
         arguments.inside.write_text(json.dumps([figure._asdict() for figure in figures], default=float))

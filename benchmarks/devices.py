@@ -19,8 +19,6 @@ import json, os, sys
 where, name, samples, stages = sys.argv[1:]
 if where and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {int(core) for core in where.split(",")})
-from freeflow.compiler import prefer_fast_code
-prefer_fast_code()
 import freeflow as ff
 found = ff.estimate(name, target_error=1e-9, max_samples=int(samples), bridge=int(stages))
 print(json.dumps({"seconds": found.wall_seconds["sampling"], "work": [float(w).hex() for w in found.work.forward]}))

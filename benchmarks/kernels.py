@@ -28,7 +28,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from freeflow import double_precision, load, references
-from freeflow.compiler import prefer_fast_code
 from freeflow.geometry import neighbour_table
 from freeflow.potentials import energy_and_gradient, force_constants
 
@@ -214,7 +213,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="configurations at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="CPU seconds per figure (default: %(default)s)")
     arguments = parser.parse_args()
-    prefer_fast_code()
     one_core()
     print(f"evaluations of energy and forces per CPU second, batch {arguments.batch}, {jax.default_backend()}")
     columns = ("float32", "float64", "LAMMPS", "jax-md")

@@ -18,7 +18,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kernels import Once, one_core, per_cpu_second, repeatedly
-from freeflow.compiler import prefer_fast_code
 from freeflow.config import STILLINGER_WEBER_PRESETS
 from freeflow.crystals import lattice_crystal
 from freeflow.geometry import neighbour_table
@@ -61,7 +60,6 @@ def main() -> None:
     )
     parser.add_argument("--fixed-batch", type=int, default=None, help="configurations at a time, whatever the size")
     arguments = parser.parse_args()
-    prefer_fast_code()
     one_core()
     print(f"CPU time of one energy and force evaluation, float32, {jax.default_backend()}")
     for name, (lattice, _, _, all_repeats) in CASES.items():

@@ -1,13 +1,16 @@
 """Free energies of crystals and solutions, with error bars, in JAX.
 
 Importing this package loads no other: names are looked up on first use, so JAX starts when it is
-needed, and JAX's process-wide flags are left as they are. See `double_precision`.
+needed. JAX's process-wide settings are left as they are, see `double_precision`; what XLA is asked for is added to
+XLA_FLAGS, which counts if JAX has not started yet, see `freeflow.compiler`.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from freeflow.compiler import prefer_fast_code
 
 if TYPE_CHECKING:
     from freeflow.comparison import Comparison, compare
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from freeflow.types import Crystal, Plan, StateSeries, System, double_precision
 
     __version__: str
+
+prefer_fast_code()
 
 __all__ = [
     "Comparison",

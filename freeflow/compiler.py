@@ -8,10 +8,11 @@ from collections.abc import MutableMapping
 from freeflow.errors import InputError
 
 # Loops that write several arrays at once: the bond moments of a three-body potential share their reads and
-# exponentials. Versions of XLA that do so by themselves ignore the option.
+# exponentials. Loops over few bytes compiled as all others are: XLA's own way with them, from JAX 0.11 on, knows no
+# vectors, and kernels take ten times as long.
 # Vectors as wide as the processor's, not half of that; on others the compiler takes what there is.
 CPU_FLAGS = (
-    "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true",
+    "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true,xla_cpu_small_while_loop_byte_threshold=0",
     "--xla_cpu_prefer_vector_width=512",
 )
 

@@ -29,6 +29,7 @@ from freeflow.cells import (
     strain_of,
     within_reach,
 )
+from freeflow.random_numbers import standard_normal
 from freeflow.references import CellGaussian, DisplacementFit, Gaussian, GaussianCrystal, far_wider, gaussian_crystal
 from freeflow.types import Crystal, Ensemble, Key, Numeric, Scalar, System, ThermodynamicState
 
@@ -132,7 +133,7 @@ def isobaric_crystal(crystal: Crystal, motion: CellMotion) -> GaussianCrystal:
         return jax.vjp(lambda z: colour(parameters, z), centre)[1](gradient)[0]
 
     def noise(key: Key, dtype: Any) -> Array:
-        z = jax.random.normal(key, (n + STRAIN_ROWS, 3), dtype)
+        z = standard_normal(key, (n + STRAIN_ROWS, 3), dtype)
         centred = z[:n] - jnp.mean(z[:n], axis=0, keepdims=True)
         return jnp.concatenate([centred, jnp.where(used, z[n:], 0)])
 

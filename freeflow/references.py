@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from freeflow.errors import InputError, UnstableCrystalError
 from freeflow.geometry import site_indices
+from freeflow.random_numbers import standard_normal
 from freeflow.types import Configuration, Crystal, Ensemble, Key, Numeric, Scalar, ThermodynamicState
 
 # Below this many coordinates a dense matrix beats the FFT on CPU.
@@ -112,7 +112,7 @@ def gaussian_crystal(crystal: Crystal) -> GaussianCrystal:
         return apply(parameters.root, gradient)
 
     def noise(key: Key, dtype: Any) -> Array:
-        z = jax.random.normal(key, (crystal.n_atoms, 3), dtype)
+        z = standard_normal(key, (crystal.n_atoms, 3), dtype)
         return z - jnp.mean(z, axis=0, keepdims=True)
 
     return GaussianCrystal(crystal, colour, whiten, colour_gradient, noise)

@@ -41,6 +41,7 @@ from freeflow import bridge as bridges
 from freeflow.errors import InputError
 from freeflow.estimators import chain_correlation, equilibrated, mbar, record, statistical_inefficiency
 from freeflow.geometry import LATTICES
+from freeflow.random_numbers import standard_normal
 from freeflow.solutions import Solution
 from freeflow.types import Key, Work, double_precision
 from freeflow.work import n_workers, systematic_resample
@@ -138,7 +139,7 @@ def switch(solution: Solution, dtype: str = "float32", refreshment: float = REFR
     def launch(key: Key, x: Array) -> Walkers:
         # Wrapped, so that float32 keeps its digits.
         x = (x - solution.box_length * jnp.round(x / solution.box_length)).astype(dtype)
-        v = jax.random.normal(key, x.shape, dtype)
+        v = standard_normal(key, x.shape, dtype)
         return Walkers(x, v, fast.solvent(x)[1], jnp.zeros(x.shape[2], jnp.float64))
 
     def travel(key: Key, walkers: Walkers, lambdas: Array, step: Any, count: Any) -> Walkers:
@@ -150,7 +151,7 @@ def switch(solution: Solution, dtype: str = "float32", refreshment: float = REFR
 
         def stage(k: Any, carried: Any) -> Any:
             now, (radius, half) = carried
-            v = kept * now.v + renewed * jax.random.normal(jax.random.fold_in(key, k), now.v.shape, dtype)
+            v = kept * now.v + renewed * standard_normal(jax.random.fold_in(key, k), now.v.shape, dtype)
             heat = now.heat + kinetic(v) - kinetic(now.v)
             v = v - half * (now.pull + fast.solute(now.x, radius)[1])
             x = now.x + h * v

@@ -16,6 +16,13 @@ QUICK_CODE, USERS_CODE = {"xla_backend_optimization_level": 1}, {"xla_backend_op
 if jax.__version_info__ < (0, 12):  # later ones have no such option, and XLA ends the process for it
     QUICK_CODE["xla_cpu_use_fusion_emitters"], USERS_CODE["xla_cpu_use_fusion_emitters"] = False, True
 
+# And instead of freeflow's own flags: loops that write several arrays are beyond what those programs are made with.
+QUICK_FLAGS = {
+    **QUICK_CODE,
+    "xla_backend_extra_options": "xla_cpu_small_while_loop_byte_threshold=0",
+    "xla_cpu_prefer_vector_width": 256,
+}
+
 # Before anything imports freeflow: from here on every call checks its shapes and types.
 jaxtyping.install_import_hook("freeflow", "beartype.beartype")
 
@@ -28,7 +35,7 @@ def pytest_configure(config):
     if config.option.markexpr == "not slow":
         # Before JAX's first device, for this process and for those that tests start. What is set already wins.
         flags = os.environ.get("XLA_FLAGS", "")
-        added = [f"--{name}={str(value).lower()}" for name, value in QUICK_CODE.items() if name not in flags]
+        added = [f"--{name}={str(value).lower()}" for name, value in QUICK_FLAGS.items() if name not in flags]
         os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
     folder = str(config.rootpath / ".pytest_cache" / "jax")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for command lines that tests start

@@ -25,12 +25,35 @@ def test_flags_of_the_user_win():
     assert environment["XLA_FLAGS"] == f"{mine} {CPU_FLAGS[0]}"
 
 
+def test_importing_freeflow_is_enough_and_loads_no_jax():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    code = "import sys, os, freeflow; print(os.environ['XLA_FLAGS'], 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [*CPU_FLAGS, "False"]
+
+
+def test_loops_of_kernels_are_compiled_as_others_are():
+    """XLA marks those that it would compile in its way for loops over few bytes, without vectors."""
+    import jax
+    import jax.numpy as jnp
+
+    from freeflow import load
+    from freeflow.geometry import neighbour_table
+    from freeflow.potentials import energy_and_gradient
+
+    system = load("lj_fcc_32")
+    evaluate = jax.vmap(energy_and_gradient(system.potential, neighbour_table(system.crystal, 1.5), "float32"))
+    program = jax.jit(evaluate).lower(jnp.zeros((16, 32, 3), "float32")).compile().as_text()
+    assert "while(" in program
+    assert "small_call" not in program
+
+
 KERNEL = textwrap.dedent("""
     import sys
+    import os
     import freeflow
-    from freeflow import compiler
-    if sys.argv[1] == "fast":
-        compiler.prefer_fast_code()
+    if sys.argv[1] == "plain":
+        del os.environ["XLA_FLAGS"]  # JAX has not started
     import jax
     import numpy as np
     from freeflow.geometry import neighbour_table

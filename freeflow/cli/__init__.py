@@ -17,7 +17,6 @@ import click
 from freeflow import config
 from freeflow.cli.commands import INTERRUPTED, cli
 from freeflow.cli.output import complain, drop_output, flush, say
-from freeflow.compiler import prefer_fast_code
 from freeflow.errors import FreeflowError
 
 __all__ = ["cli", "main"]
@@ -30,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Loading cached code, XLA warns at length about processor features that are no features
     # ("prefer-no-gather"). What really goes wrong is raised, and shown.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    prefer_fast_code()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,64 @@
+"""Standard normal numbers: those of `jax.random.normal` bit for bit, sooner.
+
+A stage of a bridge draws one for each coordinate. On CPU JAX has the rounds of its generator in a loop, which XLA makes
+slow programs of from JAX 0.11 on: half as long as a Stillinger-Weber kernel. Written out, all rounds are one loop over
+the numbers, in registers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import random as prng
+from jaxtyping import Array
+
+from freeflow.types import Key
+
+# Threefry-2x32 with twenty rounds: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011), table 2
+# and section 3.3.
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+# Earlier versions of JAX put what makes normal numbers of the bits into the same loop, which then goes without vectors.
+_FROM = (0, 11)
+
+
+def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
+    """What `jax.random.normal` returns, in float32 or float64."""
+    if jax.__version_info__ < _FROM or jax.default_backend() != "cpu" or math.prod(shape) >= 2**32:
+        return jax.random.normal(key, shape, dtype)
+    return jax.random.normal(jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT), shape, dtype)
+
+
+def _threefry(key: tuple[Array, Array], counts: tuple[Array, Array]) -> tuple[Array, Array]:
+    keys = (*key, key[0] ^ key[1] ^ _PARITY)
+    x, y = counts[0] + keys[0], counts[1] + keys[1]
+    for group in range(5):
+        for r in _ROTATIONS[group % 2]:
+            x = x + y
+            y = x ^ ((y << np.uint32(r)) | (y >> np.uint32(32 - r)))
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x, y
+
+
+def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
+    """Random bits of fewer than 2^32 numbers, each 32 or 64 bits wide, as JAX's generator gives them."""
+    counts = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
+    x, y = _threefry((key[0], key[1]), (jnp.zeros_like(counts), counts))
+    bits = x ^ y if width == 32 else (x.astype("uint64") << np.uint64(32)) | y.astype("uint64")
+    return jax.lax.optimization_barrier(bits)  # a loop of its own, see _FROM
+
+
+_WRITTEN_OUT = prng.define_prng_impl(
+    key_shape=prng.threefry_prng_impl.key_shape,
+    seed=prng.threefry_prng_impl.seed,
+    split=prng.threefry_prng_impl.split,
+    fold_in=prng.threefry_prng_impl.fold_in,
+    random_bits=_bits,
+    name="threefry2x32_written_out",
+    tag="threefry_written_out",
+)
