@@ -16,6 +16,7 @@ from freeflow.types import Crystal
 
 MAX_NEIGHBOURS = 10_000  # of an atom; a neighbour table takes 40 bytes and a look in Python for each
 MAX_PAIRS = 40_000_000
+_MANY = 800  # atoms, from which on the order in which they are visited matters; see docs/speed.md
 
 
 class Lattice(NamedTuple):
@@ -156,6 +157,7 @@ class NeighbourTable(NamedTuple):
     so a force found once is added to one atom and fetched by the other: no scatter, no pair
     evaluated twice. Places without a pair hold a separation far outside the cutoff. With `box`
     set, separations are wrapped into it at run time and `empty` marks places without a pair.
+    Kernels that go through memory do well to visit the atoms in `order`.
     """
 
     partner: np.ndarray  # (n_slots, n_atoms) int
@@ -164,6 +166,7 @@ class NeighbourTable(NamedTuple):
     radius: float  # all pairs up to this lattice distance are in the table [length]
     box: np.ndarray | None = None  # (3,) only with nearest images
     empty: np.ndarray | None = None  # (n_slots, n_atoms) bool, only with nearest images
+    order: np.ndarray | None = None  # (n_atoms,) int: layer by layer; None: few atoms, any order will do
 
     @property
     def n_pairs(self) -> int:
@@ -238,7 +241,14 @@ def neighbour_table(crystal: Crystal, radius: float, between: tuple[str, str] | 
     if not partner:  # an ideal gas: no pair within reach
         partner, offset = [np.arange(crystal.n_atoms)], [np.tile(far, (crystal.n_atoms, 1))]
     partner_of = np.array(partner)
-    return NeighbourTable(partner_of, np.argsort(partner_of, axis=1), np.array(offset), radius)
+    order = _layer_by_layer(crystal) if crystal.n_atoms >= _MANY else None
+    return NeighbourTable(partner_of, np.argsort(partner_of, axis=1), np.array(offset), radius, order=order)
+
+
+def _layer_by_layer(crystal: Crystal) -> np.ndarray:
+    """Atoms (n_atoms,) by layers, in these by rows: what a row has as neighbours are rows of few layers."""
+    x, y, z = np.round(crystal.sites @ np.linalg.inv(crystal.cell) % 1, 6).T % 1
+    return np.lexsort((z, y, x))
 
 
 def _are_between(crystal: Crystal, i: np.ndarray, j: np.ndarray, kinds: tuple[str, str]) -> np.ndarray:

@@ -68,6 +68,17 @@ def test_other_ways_find_what_slots_do(monkeypatch, name, way):
         np.testing.assert_allclose(other, gradient, atol=1e-11 * float(jnp.abs(gradient).max()))
 
 
+@pytest.mark.parametrize("name", ["lj fcc", pytest.param("mw hexagonal", marks=pytest.mark.slow)])
+def test_any_order_of_atoms_finds_the_same(name):
+    _, potential, u, f, table = case(name)
+    value, gradients = evaluator(name)(jnp.asarray(u), jnp.asarray(f))
+    ordered = table._replace(order=np.random.default_rng(0).permutation(len(u)))
+    found, others = jax.jit(jax.value_and_grad(deformed_energy(potential, ordered), (0, 1)))(u, f)
+    assert float(found) == pytest.approx(float(value), rel=1e-11)
+    for gradient, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(other, gradient, atol=1e-11 * float(jnp.abs(gradient).max()))
+
+
 @NAMES
 def test_without_deformation_it_is_the_kernel_of_fixed_cells(name):
     _, potential, u, _, table = case(name)

@@ -348,6 +348,20 @@ def test_all_ways_find_the_same(monkeypatch, name, way):
     np.testing.assert_allclose(_booked(potential, table, u), atoms, rtol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["lj", "mw"])
+def test_layer_by_layer_is_the_same_as_in_any_order(name):
+    crystal, potential = lattice("fcc" if name == "lj" else "diamond", name), POTENTIALS[name][0]
+    table = neighbour_table(crystal, 1.1 * potential.cutoff)
+    assert table.order is None
+    u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(5)])
+    plain, atoms = batched(potential, table)(u), _booked(potential, table, u)
+    ordered = table._replace(order=np.random.default_rng(3).permutation(crystal.n_atoms))
+    found = batched(potential, ordered)(u)
+    np.testing.assert_allclose(found[0], plain[0], rtol=1e-12)
+    np.testing.assert_allclose(found[1], plain[1], atol=1e-12 * float(jnp.abs(plain[1]).max()))
+    np.testing.assert_allclose(_booked(potential, ordered, u), atoms, rtol=1e-11)
+
+
 def test_a_long_batch_of_few_atoms_takes_no_more_rows_than_that():
     crystal = lattice("fcc", "lj")
     way = walks.ByTiles(neighbour_table(crystal, 3.0), "float32")

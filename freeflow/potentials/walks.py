@@ -64,8 +64,12 @@ class Walk(ABC):
     def rows(self, u: Array) -> list[Array]:
         """Components of displacements (n_atoms, 3, batch) as the walk wants them, (n_rows, batch) each.
 
-        There may be rows after those of the atoms. They have no pairs.
+        Which row is which atom's is up to the walk, see `atoms`. Rows may be more than atoms; those have no pairs.
         """
+
+    @abstractmethod
+    def atoms(self, rows: Array) -> Array:
+        """Arrays (n_rows, ...) by atoms (n_atoms, ...)."""
 
     def total(
         self,
@@ -127,7 +131,7 @@ class ByTiles(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        self._table, self._slots = table, _both_ends(table, dtype)
+        self._table, self._slots = table, _ordered(_both_ends(table, dtype), table.order)
         self._box = None if table.box is None else np.asarray(table.box, dtype)
         self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
         self._ready: dict[Any, Any] = {}  # tables that passes share
@@ -143,10 +147,15 @@ class ByTiles(Walk):
         return n_tiles, -(-n_atoms // n_tiles) | 1
 
     def rows(self, u: Array) -> list[Array]:
-        """Filled up to whole tiles."""
+        """In the table's order, filled up to whole tiles."""
         n_atoms, _, batch = u.shape
+        u = u if self._table.order is None else u[self._table.order]
         fill = int(np.prod(self._shape(batch))) - n_atoms
         return [jnp.pad(u[:, a], ((0, fill), (0, 0))) for a in range(3)]
+
+    def atoms(self, rows: Array) -> Array:
+        order = self._table.order
+        return rows[: self._table.partner.shape[1]] if order is None else rows[np.argsort(order)]
 
     def _sums(self, task: Task) -> Parts:
         n_own, batch = task.n_own, task.x[0].shape[1]
@@ -251,6 +260,9 @@ class ByThreads(Walk):
         """One for every atom."""
         return [u[:, a] for a in range(3)]
 
+    def atoms(self, rows: Array) -> Array:
+        return rows
+
     def _sums(self, task: Task) -> Parts:
         from jax.experimental import pallas
         from jax.experimental.pallas import triton
@@ -319,6 +331,14 @@ def _shape(batch: int, width: int) -> tuple[int, int]:
     each = _EACH // width
     block = int(np.clip(batch & -batch, _WARP, _WARPS * _WARP * each))
     return block, max(1, block // (_WARP * each))
+
+
+def _ordered(slots: _Slots, order: np.ndarray | None) -> _Slots:
+    """Slots of atoms that stand in this order."""
+    if order is None:
+        return slots
+    slots = jax.tree.map(lambda values: values[:, order], slots)
+    return slots._replace(partner=np.argsort(order).astype(np.int32)[slots.partner])
 
 
 def _both_ends(table: NeighbourTable, dtype: Any) -> _Slots:
