@@ -154,6 +154,7 @@ class ByTiles(Walk):
         return [jnp.pad(u[:, a], ((0, fill), (0, 0))) for a in range(3)]
 
     def atoms(self, rows: Array) -> Array:
+        """Back in the order of the atoms, without what was filled up."""
         order = self._table.order
         return rows[: self._table.partner.shape[1]] if order is None else rows[np.argsort(order)]
 
@@ -261,6 +262,7 @@ class ByThreads(Walk):
         return [u[:, a] for a in range(3)]
 
     def atoms(self, rows: Array) -> Array:
+        """Rows are those of the atoms."""
         return rows
 
     def _sums(self, task: Task) -> Parts:
