@@ -24,7 +24,7 @@ _TILE = 2**13
 # Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
 _TOGETHER = ((3, 50), (2, 100), (1, 260))
 _SHORTEST = 4  # rows of samples that vectors are made of
-# Instructions that functions become; others are one each.
+# Instructions that functions become in float32, half of what they do in float64; others are one each.
 _INSTRUCTIONS = {"exp": 25, "log": 25, "tanh": 25, "pow": 50}
 # What a thread of the GPU kernel holds of an array [bytes], threads in a warp, and warps of a program at most.
 _EACH, _WARP, _WARPS = 16, 32, 4
@@ -312,19 +312,23 @@ def _together(task: Task) -> int:
     """Slots that one loop may visit; 0 if one is too many, and XLA's own loops are faster than one without vectors."""
     single: Any = jax.ShapeDtypeStruct((), task.x[0].dtype)
     fields, common = ((single,) * len(parts) for parts in (task.fields, task.common))
-    length = _length(jax.make_jaxpr(task.visit)(Pair([single] * 3, single, fields, fields, common)).jaxpr)
+    visit = jax.make_jaxpr(task.visit)(Pair([single] * 3, single, fields, fields, common))
+    length = _length(visit.jaxpr, single.dtype.itemsize // 4)
     if (single.dtype == np.float64 and common) or task.x[0].shape[1] < _SHORTEST:
         return 0
     return next((slots for slots, most in _TOGETHER if length + 2 * len(task.begin) <= most), 0)
 
 
-def _length(jaxpr: Any) -> int:
-    """About how many instructions a visit becomes."""
+def _length(jaxpr: Any, precision: int) -> int:
+    """About how many instructions a visit becomes; precision is 1 for float32, 2 for float64."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         inner = [part for part in inner if hasattr(part, "eqns")]
-        total += sum(map(_length, inner)) if inner else _INSTRUCTIONS.get(equation.primitive.name, 1)
+        if inner:
+            total += sum(_length(part, precision) for part in inner)
+        else:
+            total += precision * _INSTRUCTIONS.get(equation.primitive.name, 0) or 1
     return total
 
 
