@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from freeflow.errors import InputError
 
 # Loops that write several arrays at once: the bond moments of a three-body potential share their reads and
-# exponentials. Loops over few bytes compiled as all others are: XLA's own way with them, from JAX 0.11 on, knows no
+# exponentials. Loops over few bytes compiled as all others are: XLA's own way with them, with JAX 0.12, knows no
 # vectors, and kernels take ten times as long.
 # Vectors as wide as the processor's, not half of that; on others the compiler takes what there is.
 CPU_FLAGS = (

@@ -1,8 +1,8 @@
 """Standard normal numbers: those of `jax.random.normal` bit for bit, sooner.
 
 A stage of a bridge draws one for each coordinate. On CPU JAX has the rounds of its generator in a loop, which XLA makes
-slow programs of from JAX 0.11 on: half as long as a Stillinger-Weber kernel. Written out, all rounds are one loop over
-the numbers, in registers.
+slow programs of; with JAX 0.12 they take half as long as a Stillinger-Weber kernel, or longer. Written out, all rounds
+are one loop over the numbers, in registers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ _FROM = (0, 11)
 
 
 def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
-    """What `jax.random.normal` returns, in float32 or float64."""
-    if jax.__version_info__ < _FROM or jax.default_backend() != "cpu" or math.prod(shape) >= 2**32:
+    """What `jax.random.normal` returns, in float32 or float64.
+
+    Keys of generators other than JAX's usual one are left to JAX, as are GPUs and arrays of 2^32 numbers or more.
+    """
+    usual = jax.config.values["jax_threefry_partitionable"] and jax.random.key_data(key).shape[-1:] == (
+        2,
+    )  # Threefry's
+    if jax.__version_info__ < _FROM or jax.default_backend() != "cpu" or math.prod(shape) >= 2**32 or not usual:
         return jax.random.normal(key, shape, dtype)
     return jax.random.normal(jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT), shape, dtype)
 

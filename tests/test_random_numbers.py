@@ -31,3 +31,9 @@ def test_long_arrays_have_no_repeats_and_are_those_of_jax():
     found = np.asarray(jax.jit(lambda: standard_normal(key, (70_000,), "float64"))())
     np.testing.assert_array_equal(found, jax.random.normal(key, (70_000,), "float64"))
     assert len(np.unique(found)) == 70_000
+
+
+@pytest.mark.usefixtures("way")
+def test_keys_of_another_generator_are_left_to_jax():
+    key = jax.random.key(3, impl="rbg")
+    np.testing.assert_array_equal(standard_normal(key, (5,), "float32"), jax.random.normal(key, (5,), "float32"))
