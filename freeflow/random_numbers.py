@@ -1,8 +1,8 @@
 """Standard normal numbers: those of `jax.random.normal` bit for bit, sooner.
 
-A stage of a bridge draws one for each coordinate. On CPU JAX has the rounds of its generator in a loop, which XLA makes
-slow programs of; with JAX 0.12 they take half as long as a Stillinger-Weber kernel, or longer. Written out, all rounds
-are one loop over the numbers, in registers.
+A stage of a bridge draws one for each coordinate. On CPU JAX has the rounds of its generator in a loop over arrays of
+all numbers, which go to memory and back ten times; with JAX 0.12 they take longer than a Stillinger-Weber kernel.
+Written out, all rounds are one loop over the numbers, in registers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from freeflow.types import Key
 # and section 3.3.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
-# Earlier versions of JAX put what makes normal numbers of the bits into the same loop, which then goes without vectors.
-_FROM = (0, 11)
+# Numbers that one piece of a loop makes: many enough to be worth it, few enough for the caches.
+_PIECE = 2**14
 
 
 def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -31,10 +31,9 @@ def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
 
     Keys of generators other than JAX's usual one are left to JAX, as are GPUs and arrays of 2^32 numbers or more.
     """
-    usual = jax.config.values["jax_threefry_partitionable"] and jax.random.key_data(key).shape[-1:] == (
-        2,
-    )  # Threefry's
-    if jax.__version_info__ < _FROM or jax.default_backend() != "cpu" or math.prod(shape) >= 2**32 or not usual:
+    threefry = jax.random.key_data(key).shape[-1:] == (2,)
+    usual = threefry and jax.config.values["jax_threefry_partitionable"]
+    if jax.default_backend() != "cpu" or math.prod(shape) >= 2**32 or not usual:
         return jax.random.normal(key, shape, dtype)
     return jax.random.normal(jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT), shape, dtype)
 
@@ -52,11 +51,38 @@ def _threefry(key: tuple[Array, Array], counts: tuple[Array, Array]) -> tuple[Ar
 
 
 def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
-    """Random bits of fewer than 2^32 numbers, each 32 or 64 bits wide, as JAX's generator gives them."""
-    counts = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
-    x, y = _threefry((key[0], key[1]), (jnp.zeros_like(counts), counts))
-    bits = x ^ y if width == 32 else (x.astype("uint64") << np.uint64(32)) | y.astype("uint64")
-    return jax.lax.optimization_barrier(bits)  # a loop of its own, see _FROM
+    """Random bits of fewer than 2^32 numbers, each 32 or 64 bits wide, as JAX's generator gives them.
+
+    They are made piece by piece. XLA would put what makes normal numbers of them into the same loop, were there not
+    one around it, and it would go without vectors.
+    """
+    size = math.prod(shape)
+
+    def some(key: Array, first: Any, count: int) -> Array:
+        counts = first + jax.lax.iota(np.uint32, count)
+        x, y = _threefry((key[0], key[1]), (jnp.zeros_like(counts), counts))
+        return x ^ y if width == 32 else (x.astype("uint64") << np.uint64(32)) | y.astype("uint64")
+
+    def all_of(key: Array) -> Array:
+        count = -(-size // max(2, size // _PIECE))
+        starts = np.arange(0, max(size, 1), max(count, 1), dtype=np.uint32)
+        return jax.lax.map(lambda first: some(key, first, count), starts).reshape(-1)[:size]
+
+    @jax.custom_batching.custom_vmap
+    def one(key):
+        return all_of(key)
+
+    @one.def_vmap
+    def _(n_keys, _in_batched, keys):
+        if n_keys == 1:
+            return all_of(keys[0])[None], True
+        # Whole rows, or the pieces would have to be put together.
+        least = min(n_keys, max(2, n_keys * size // _PIECE))
+        pieces = next(count for count in range(least, n_keys + 1) if n_keys % count == 0)
+        rows = jax.lax.map(jax.vmap(lambda key: some(key, np.uint32(0), size)), keys.reshape(pieces, -1, 2))
+        return rows.reshape(n_keys, size), True
+
+    return one(key).reshape(shape)
 
 
 _WRITTEN_OUT = prng.define_prng_impl(
