@@ -50,7 +50,8 @@ class Task(NamedTuple):
 
     visit: Visit
     x: Sequence[Array]
-    begin: Parts
+    n_sums: int
+    begin: Parts  # nothing, if sums begin with zeros
     n_own: int
     fields: Parts
     common: Parts
@@ -91,10 +92,10 @@ class Walk(ABC):
             n_own: How many of them atoms keep.
             fields: Arrays (n_rows, batch) that `visit` wants to know at both ends.
             common: Arrays (batch,) that it wants to know besides.
-            finish: What to make of an atom's sums; elementwise arithmetic, too.
+            finish: What to make of an atom's sums, as many; elementwise arithmetic, too.
         """
-        begin = (jnp.zeros_like(x[0]),) * sums if isinstance(sums, int) else sums
-        return self._sums(Task(visit, x, begin, n_own, fields, common, finish))
+        n_sums, begin = (sums, ()) if isinstance(sums, int) else (len(sums), sums)
+        return self._sums(Task(visit, x, n_sums, begin, n_own, fields, common, finish))
 
     @abstractmethod
     def _sums(self, task: Task) -> Parts:
@@ -159,23 +160,33 @@ class ByTiles(Walk):
         return rows[: self._table.partner.shape[1]] if order is None else rows[np.argsort(order)]
 
     def _sums(self, task: Task) -> Parts:
-        n_own, batch = task.n_own, task.x[0].shape[1]
+        batch = task.x[0].shape[1]
         shape = self._shape(batch)
         together = _together(task)
-
-        def tiled(parts: Sequence[Array]) -> Parts:
-            return tuple(part.reshape(*shape, batch) for part in parts)
-
-        def finish(tile: tuple[Parts, Parts, Parts, Any]) -> Parts:
-            start, here, begin, tables = tile
-            none = (jnp.zeros_like(start[0]),) * n_own
-            sums = self._walked(task, start, here, (*none, *begin[n_own:]), tables, together)
-            # What atoms keep is booked half at either end.
-            own = (first + 0.5 * part for first, part in zip(begin[:n_own], sums[:n_own], strict=True))
-            return task.finish((*own, *sums[n_own:]))
-
         tables = self._tables(shape, max(1, together))
-        sums = jax.lax.map(finish, (tiled(task.x), tiled(task.fields), tiled(task.begin), tables))
+        x, fields, begin = (
+            tuple(part.reshape(*shape, batch) for part in parts) for parts in (task.x, task.fields, task.begin)
+        )
+
+        def visited(tile: Array, results: Parts) -> Parts:
+            start, here, slots, first = jax.tree.map(
+                lambda part: jax.lax.dynamic_index_in_dim(part, tile, keepdims=False), (x, fields, tables, results)
+            )
+            zeros = (jnp.zeros_like(start[0]),) * task.n_sums
+            first = first if begin else zeros
+            sums = self._walked(task, start, here, (*zeros[: task.n_own], *first[task.n_own :]), slots, together)
+            # What atoms keep is booked half at either end.
+            own = (part + 0.5 * more for part, more in zip(first[: task.n_own], sums, strict=False))
+            sums = task.finish((*own, *sums[task.n_own :]))
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(result, part, tile, 0)
+                for result, part in zip(results, sums, strict=True)
+            )
+
+        # The loop writes over what sums begin with, or over numbers that differ: of equal ones XLA makes one array and
+        # copies it for all others, as it does with the zeros that results of `jax.lax.map` start from.
+        blank = tuple(jnp.full_like(x[0], number) for number in range(task.n_sums))
+        sums = jax.lax.fori_loop(0, shape[0], visited, begin or blank)
         return tuple(part.reshape(-1, batch) for part in sums)
 
     def _walked(
@@ -289,12 +300,12 @@ class ByThreads(Walk):
                 more = (*(0.5 * part for part in own), *shares)
                 return tuple(total + part for total, part in zip(carry, more, strict=True))
 
-            sums = tuple(first[atom, samples] for first in begin)
+            sums = tuple(first[atom, samples] for first in begin) or (jnp.zeros_like(start[0]),) * task.n_sums
             sums = task.finish(jax.lax.fori_loop(jnp.int32(0), counts[atom], step, sums))
             for result, total in zip(results, sums, strict=True):
                 result[atom, samples] = total
 
-        n_results = len(jax.eval_shape(task.finish, task.begin))
+        n_results = len(jax.eval_shape(task.finish, (task.x[0],) * task.n_sums))
         arguments = (list(task.x), task.begin, task.fields, task.common)
         if filled:
             arguments = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, filled)]), arguments)
@@ -316,7 +327,7 @@ def _together(task: Task) -> int:
     length = _length(visit.jaxpr, single.dtype.itemsize // 4)
     if (single.dtype == np.float64 and common) or task.x[0].shape[1] < _SHORTEST:
         return 0
-    return next((slots for slots, most in _TOGETHER if length + 2 * len(task.begin) <= most), 0)
+    return next((slots for slots, most in _TOGETHER if length + 2 * task.n_sums <= most), 0)
 
 
 def _length(jaxpr: Any, precision: int) -> int:
