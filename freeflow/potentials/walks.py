@@ -19,8 +19,9 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches.
-_TILE = 2**13
+# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches. Fewer where arrays
+# of so many numbers come from far.
+_TILE, _SMALL_TILE, _FAR = 2**13, 2**12, 2**16
 # Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
 _TOGETHER = ((3, 50), (2, 100), (1, 260))
 _SHORTEST = 4  # rows of samples that vectors are made of
@@ -116,7 +117,7 @@ class _Slots(NamedTuple):
     """Slots of a neighbour table, or a few of them."""
 
     partner: Any  # (..., n_atoms)
-    offset: Any  # (..., n_atoms, 3)
+    offset: Any  # (..., n_atoms, 3); or which of a list of them (..., n_atoms)
     empty: Any  # (..., n_atoms), or None
 
 
@@ -132,7 +133,12 @@ class ByTiles(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        self._table, self._slots = table, _ordered(_both_ends(table, dtype), table.order)
+        # A crystal has few different offsets: a number for each is a quarter of the memory.
+        distinct, which = _distinct(table.offset, 1e-12 * table.radius)
+        self._table, self._slots = table, _ordered(_both_ends(table, which, which + len(distinct)), table.order)
+        # And one for slots that are filled up, farther away than any.
+        nowhere = np.full((1, 3), 1e3 * table.radius)
+        self._offsets = np.concatenate([distinct, -distinct, nowhere]).T.astype(dtype)
         self._box = None if table.box is None else np.asarray(table.box, dtype)
         self._nowhere = np.asarray(1e6 * table.radius**2, dtype)
         self._ready: dict[Any, Any] = {}  # tables that passes share
@@ -144,7 +150,8 @@ class ByTiles(Walk):
         same lines of the caches one and all, and drive each other out.
         """
         n_atoms = self._table.partner.shape[1]
-        n_tiles = int(np.clip(round(n_atoms * batch / _TILE), 1, n_atoms)) | 1
+        tile = _TILE if n_atoms * batch < _FAR else _SMALL_TILE
+        n_tiles = int(np.clip(round(n_atoms * batch / tile), 1, n_atoms)) | 1
         return n_tiles, -(-n_atoms // n_tiles) | 1
 
     def rows(self, u: Array) -> list[Array]:
@@ -195,9 +202,10 @@ class ByTiles(Walk):
         """Sums of a tile with what the slots of its tables give."""
         common = tuple(row[None, None] for row in task.common)
         start, here = (tuple(part[None] for part in parts) for parts in (start, here))
+        offsets = [jnp.asarray(component) for component in self._offsets]
 
         def bond(slots: _Slots) -> tuple[list[Array], Array]:
-            d = [slots.offset[..., a, None] + task.x[a][slots.partner] - start[a] for a in range(3)]
+            d = [offsets[a][slots.offset][..., None] + task.x[a][slots.partner] - start[a] for a in range(3)]
             if self._box is not None:
                 d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
             r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
@@ -232,15 +240,15 @@ class ByTiles(Walk):
         if (shape, together) in self._ready:
             return self._ready[shape, together]
         n_slots, n_atoms = self._slots.partner.shape
-        fill: Any = [(0, -n_slots % (2 * together)), (0, shape[0] * shape[1] - n_atoms)]
+        fill = [(0, -n_slots % (2 * together)), (0, shape[0] * shape[1] - n_atoms)]
 
         def of_turns(values: np.ndarray, nothing: Any) -> np.ndarray:
-            values = np.pad(values, fill + [(0, 0)] * (values.ndim - 2), constant_values=nothing)
-            return np.moveaxis(values.reshape(-1, 2, together, *shape, *values.shape[2:]), 3, 0)
+            values = np.pad(values, fill, constant_values=nothing)
+            return np.moveaxis(values.reshape(-1, 2, together, *shape), 3, 0)
 
         slots = _Slots(
             of_turns(self._slots.partner, 0),
-            of_turns(self._slots.offset, 1e3 * self._table.radius),
+            of_turns(self._slots.offset, self._offsets.shape[1] - 1),
             None if self._slots.empty is None else of_turns(self._slots.empty, True),
         )
         even, odd = (jax.tree.map(lambda values, turn=turn: values[:, :, turn], slots) for turn in range(2))
@@ -257,7 +265,7 @@ class ByThreads(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        slots = _both_ends(table, dtype)
+        slots = _both_ends(table, table.offset.astype(dtype), -table.offset.astype(dtype))
         real = ~slots.empty if slots.empty is not None else np.linalg.norm(slots.offset, axis=-1) <= 1.5 * table.radius
         # Pairs first: a program goes through as many as its atom has.
         order = np.argsort(~real.T, axis=1, kind="stable")
@@ -350,6 +358,17 @@ def _shape(batch: int, width: int) -> tuple[int, int]:
     return block, max(1, block // (_WARP * each))
 
 
+def _distinct(vectors: np.ndarray, resolution: float) -> tuple[np.ndarray, np.ndarray]:
+    """Those vectors (..., 3) that differ, (n_distinct, 3), and which of them stands where, (...)."""
+    code = np.zeros(vectors.shape[:-1], np.int64)
+    for component in np.moveaxis(vectors, -1, 0):
+        _, of_component = np.unique(np.rint(component / resolution), return_inverse=True)
+        of_component = of_component.reshape(code.shape)
+        _, first, code = np.unique(code * code.size + of_component, return_index=True, return_inverse=True)
+        code = code.reshape(of_component.shape)
+    return vectors.reshape(-1, 3)[first], code.astype(np.int32)
+
+
 def _ordered(slots: _Slots, order: np.ndarray | None) -> _Slots:
     """Slots of atoms that stand in this order."""
     if order is None:
@@ -358,12 +377,12 @@ def _ordered(slots: _Slots, order: np.ndarray | None) -> _Slots:
     return slots._replace(partner=np.argsort(order).astype(np.int32)[slots.partner])
 
 
-def _both_ends(table: NeighbourTable, dtype: Any) -> _Slots:
-    """The table's slots, and after them every pair as the partner sees it."""
+def _both_ends(table: NeighbourTable, offset: np.ndarray, back: np.ndarray) -> _Slots:
+    """The table's slots, and after them every pair as the partner sees it: what offsets are from there is `back`."""
 
     def seen_from_partner(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, table.source.reshape(table.source.shape + (1,) * (values.ndim - 2)), axis=1)
 
     empty = None if table.empty is None else np.concatenate([table.empty, seen_from_partner(table.empty)])
-    offset = np.concatenate([table.offset, -seen_from_partner(table.offset)]).astype(dtype)
+    offset = np.concatenate([offset, seen_from_partner(back)])
     return _Slots(np.concatenate([table.partner, table.source]).astype(np.int32), offset, empty)
