@@ -1,6 +1,7 @@
 """Flags for XLA: added where missing, effective where they stand before JAX starts."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -32,24 +33,49 @@ def test_importing_freeflow_is_enough_and_loads_no_jax():
     assert done.stdout.split() == [*CPU_FLAGS, "False"]
 
 
-LOOP = textwrap.dedent("""
+PROGRAMS = textwrap.dedent("""
     import freeflow
     import jax
     import jax.numpy as jnp
     from freeflow.geometry import neighbour_table
     from freeflow.potentials import energy_and_gradient
-    system = freeflow.load("lj_fcc_32")
+    from freeflow.random_numbers import standard_normal
+    system = freeflow.load("lj_fcc_256")
     evaluate = jax.vmap(energy_and_gradient(system.potential, neighbour_table(system.crystal, 1.5), "float32"))
-    program = jax.jit(evaluate).lower(jnp.zeros((16, 32, 3), "float32")).compile().as_text()
-    print("while(" in program, "small_call" in program)
+    print(jax.jit(evaluate).lower(jnp.zeros((128, 256, 3), "float32")).compile().as_text())
+    print("====")
+    keys = jax.random.split(jax.random.key(0), 16)
+    numbers = jax.vmap(lambda key: standard_normal(key, (512, 3), "float32"))
+    print(jax.jit(numbers).lower(keys).compile().as_text())
 """)
 
 
-def test_loops_of_kernels_are_compiled_as_others_are():
-    """XLA marks those that it would compile in its way for loops over few bytes, without vectors."""
+@pytest.fixture(scope="module")
+def programs():
+    """What XLA makes with the flags that users have: of a kernel whose atoms are five tiles, and of random numbers."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", LOOP], env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False"]
+    done = subprocess.run([sys.executable, "-c", PROGRAMS], env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.split("====")
+
+
+def test_loops_of_kernels_are_compiled_as_others_are(programs):
+    """XLA marks those that it would compile in its way for loops over few bytes, without vectors."""
+    assert "while(" in programs[0]
+    assert "small_call" not in programs[0]
+
+
+def test_sums_of_kernels_are_not_copied(programs):
+    """Sums of all tiles at once: as results of `jax.lax.map` they began as copies of zeros."""
+    assert "f32[5,53,128]" in programs[0]
+    assert not re.search(r"= f32\[5,53,128\]\S* copy\(", programs[0])
+
+
+def test_random_bits_are_made_in_a_loop_of_their_own(programs):
+    """Together with the logarithm that makes normal numbers of them, it would go without vectors."""
+    loops = programs[1].split("\n\n")
+    assert sum("xor(" in loop for loop in loops) == 1
+    assert sum("log-plus-one(" in loop for loop in loops) == 1
+    assert not any("xor(" in loop and "log-plus-one(" in loop for loop in loops)
 
 
 KERNEL = textwrap.dedent("""
