@@ -70,6 +70,28 @@ def scaling(quick: bool) -> list[Figure]:
     return figures
 
 
+def stages(quick: bool) -> list[Figure]:
+    """Cost per atom of a whole stage of a bridge in a crystal of thousands of atoms over one of hundreds."""
+    from benchmarks import stages as script
+    from benchmarks.kernels import one_core
+
+    one_core()
+    sizes = [script.ice(script.REPEATS[0]), script.ice(script.REPEATS[-2 if quick else -1])]
+    (few, small), (many, large) = script.microseconds_per_atom(sizes, 1.5 if quick else 4.5).items()
+    return [
+        Figure(
+            "cost of a stage per atom, large / small",
+            f"{many} / {few}, {piece}",
+            large[piece] / small[piece],
+            None,
+            None,
+            {f"us per atom, {few}": small[piece], f"us per atom, {many}": large[piece]},
+            1.3 if piece == "whole stage" else None,
+        )
+        for piece in small
+    ]
+
+
 def estimators(quick: bool) -> list[Figure]:
     """BAR on as many forward as reverse work values, CPU time of pymbar over freeflow's."""
     import pymbar
@@ -170,6 +192,7 @@ def devices(quick: bool) -> list[Figure]:
 MEASURES: dict[str, Callable[[bool], list[Figure]]] = {
     "kernels": kernels,
     "scaling": scaling,
+    "stages": stages,
     "estimators": estimators,
     "precision": precision,
     "devices": devices,

@@ -67,7 +67,7 @@ def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kern
 
     def pairs(u: Array) -> tuple[Array, Array]:
         energy, *gradient = walk.total(push, walk.rows(u), 4, n_own=1)
-        return walk.atoms(energy), walk.atoms(jnp.stack(gradient, axis=1))
+        return walk.atoms(energy), walk.vectors(gradient)
 
     return pairs
 
@@ -96,7 +96,7 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         x = walk.rows(u)
         energy, *sums = walk.total(gather, x, 13, n_own=1, finish=finish)
         gradient = walk.total(push, x, tuple(sums[9:]), fields=tuple(sums[:9]))
-        return walk.atoms(energy), walk.atoms(jnp.stack(gradient, axis=1))
+        return walk.atoms(energy), walk.vectors(gradient)
 
     return pairs_and_triplets
 

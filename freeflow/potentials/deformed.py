@@ -156,7 +156,7 @@ def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[
     def kernel(u: Array, f: Array) -> _Sums:
         sums = walk.total(visit, walk.rows(u), 10, n_own=7, common=_entries(f))
         energy, virial, gradient = sums[0], sums[1:7], sums[7:]
-        return _Sums(walk.atoms(energy), walk.atoms(jnp.stack(gradient, axis=1)), _matrix(virial))
+        return _Sums(walk.atoms(energy), walk.vectors(gradient), _matrix(virial))
 
     return kernel
 
@@ -188,6 +188,6 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
         energy, *sums = walk.total(gather, x, 19, n_own=7, common=entries, finish=finish)
         sums, by = (*sums[:6], *sums[15:]), tuple(sums[6:15])
         sums = walk.total(push, x, sums, n_own=6, fields=by, common=entries)
-        return _Sums(walk.atoms(energy), walk.atoms(jnp.stack(sums[6:], axis=1)), _matrix(sums[:6]))
+        return _Sums(walk.atoms(energy), walk.vectors(sums[6:]), _matrix(sums[:6]))
 
     return kernel

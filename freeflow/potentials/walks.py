@@ -73,6 +73,10 @@ class Walk(ABC):
     def atoms(self, rows: Array) -> Array:
         """Arrays (n_rows, ...) by atoms (n_atoms, ...)."""
 
+    def vectors(self, components: Sequence[Array]) -> Array:
+        """Vectors (n_atoms, 3, batch) of components (n_rows, batch) each, as `rows` makes them."""
+        return self.atoms(jnp.stack(components, axis=1))
+
     def total(
         self,
         visit: Visit,
@@ -135,7 +139,11 @@ class ByTiles(Walk):
     def __init__(self, table: NeighbourTable, dtype: Any):
         # A crystal has few different offsets: a number for each is a quarter of the memory.
         distinct, which = _distinct(table.offset, 1e-12 * table.radius)
-        self._table, self._slots = table, _ordered(_both_ends(table, which, which + len(distinct)), table.order)
+        self._table, self._slots = table, _both_ends(table, which, which + len(distinct))
+        self._row_of = None if table.order is None else np.argsort(table.order).astype(np.int32)
+        if self._row_of is not None:
+            self._slots = jax.tree.map(lambda values: values[:, table.order], self._slots)
+            self._slots = self._slots._replace(partner=self._row_of[self._slots.partner])
         # And one for slots that are filled up, farther away than any.
         nowhere = np.full((1, 3), 1e3 * table.radius)
         self._offsets = np.concatenate([distinct, -distinct, nowhere]).T.astype(dtype)
@@ -163,8 +171,7 @@ class ByTiles(Walk):
 
     def atoms(self, rows: Array) -> Array:
         """Back in the order of the atoms, without what was filled up."""
-        order = self._table.order
-        return rows[: self._table.partner.shape[1]] if order is None else rows[np.argsort(order)]
+        return rows[: self._table.partner.shape[1]] if self._row_of is None else rows[self._row_of]
 
     def _sums(self, task: Task) -> Parts:
         batch = task.x[0].shape[1]
@@ -367,14 +374,6 @@ def _distinct(vectors: np.ndarray, resolution: float) -> tuple[np.ndarray, np.nd
         _, first, code = np.unique(code * code.size + of_component, return_index=True, return_inverse=True)
         code = code.reshape(of_component.shape)
     return vectors.reshape(-1, 3)[first], code.astype(np.int32)
-
-
-def _ordered(slots: _Slots, order: np.ndarray | None) -> _Slots:
-    """Slots of atoms that stand in this order."""
-    if order is None:
-        return slots
-    slots = jax.tree.map(lambda values: values[:, order], slots)
-    return slots._replace(partner=np.argsort(order).astype(np.int32)[slots.partner])
 
 
 def _both_ends(table: NeighbourTable, offset: np.ndarray, back: np.ndarray) -> _Slots:
