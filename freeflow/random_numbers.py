@@ -22,7 +22,7 @@ from freeflow.types import Key
 # and section 3.3.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
-# Numbers that one piece of a loop makes: many enough to be worth it, few enough for the caches.
+# About how many numbers a turn of the loop makes: many enough for a turn to be worth it.
 _PIECE = 2**14
 
 
@@ -53,8 +53,8 @@ def _threefry(key: tuple[Array, Array], counts: tuple[Array, Array]) -> tuple[Ar
 def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
     """Random bits of fewer than 2^32 numbers, each 32 or 64 bits wide, as JAX's generator gives them.
 
-    They are made piece by piece. XLA would put what makes normal numbers of them into the same loop, were there not
-    one around it, and it would go without vectors.
+    They are made piece by piece, in two pieces at least: XLA would put what makes normal numbers of them into the same
+    loop over the numbers, were there not one around it, and it would go without vectors. A loop of one turn is none.
     """
     size = math.prod(shape)
 
@@ -74,9 +74,9 @@ def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
 
     @one.def_vmap
     def _(n_keys, _in_batched, keys):
-        if n_keys == 1:
-            return all_of(keys[0])[None], True
-        # Whole rows, or the pieces would have to be put together.
+        if n_keys < 2:
+            return jax.vmap(all_of)(keys), True
+        # A turn makes the numbers of one key or of several, so that they stand where they belong.
         least = min(n_keys, max(2, n_keys * size // _PIECE))
         pieces = next(count for count in range(least, n_keys + 1) if n_keys % count == 0)
         rows = jax.lax.map(jax.vmap(lambda key: some(key, np.uint32(0), size)), keys.reshape(pieces, -1, 2))

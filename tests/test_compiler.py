@@ -40,10 +40,11 @@ PROGRAMS = textwrap.dedent("""
     from freeflow.geometry import neighbour_table
     from freeflow.potentials import energy_and_gradient
     from freeflow.random_numbers import standard_normal
-    system = freeflow.load("lj_fcc_256")
-    evaluate = jax.vmap(energy_and_gradient(system.potential, neighbour_table(system.crystal, 1.5), "float32"))
-    print(jax.jit(evaluate).lower(jnp.zeros((128, 256, 3), "float32")).compile().as_text())
-    print("====")
+    for name, radius in (("lj_fcc_256", 1.5), ("mw_cubic_512", 4.5)):
+        system = freeflow.load(name)
+        evaluate = jax.vmap(energy_and_gradient(system.potential, neighbour_table(system.crystal, radius), "float32"))
+        print(jax.jit(evaluate).lower(jnp.zeros((128, system.n_atoms, 3), "float32")).compile().as_text())
+        print("====")
     keys = jax.random.split(jax.random.key(0), 16)
     numbers = jax.vmap(lambda key: standard_normal(key, (512, 3), "float32"))
     print(jax.jit(numbers).lower(keys).compile().as_text())
@@ -52,27 +53,29 @@ PROGRAMS = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def programs():
-    """What XLA makes with the flags that users have: of a kernel whose atoms are five tiles, and of random numbers."""
+    """What XLA makes with the flags that users have: of two kernels with five and 17 tiles, and of random numbers."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", PROGRAMS], env=environment, check=True, capture_output=True, text=True)
     return done.stdout.split("====")
 
 
-def test_loops_of_kernels_are_compiled_as_others_are(programs):
+@pytest.mark.parametrize("kernel", [0, 1], ids=["pairs", "triplets"])
+def test_loops_of_kernels_are_compiled_as_others_are(programs, kernel):
     """XLA marks those that it would compile in its way for loops over few bytes, without vectors."""
-    assert "while(" in programs[0]
-    assert "small_call" not in programs[0]
+    assert "while(" in programs[kernel]
+    assert "small_call" not in programs[kernel]
 
 
-def test_sums_of_kernels_are_not_copied(programs):
+@pytest.mark.parametrize(("kernel", "shape"), [(0, "5,53,128"), (1, "17,31,128")], ids=["pairs", "triplets"])
+def test_sums_of_kernels_are_not_copied(programs, kernel, shape):
     """Sums of all tiles at once: as results of `jax.lax.map` they began as copies of zeros."""
-    assert "f32[5,53,128]" in programs[0]
-    assert not re.search(r"= f32\[5,53,128\]\S* copy\(", programs[0])
+    assert f"f32[{shape}]" in programs[kernel]
+    assert not re.search(rf"= f32\[{shape}\]\S* copy\(", programs[kernel])
 
 
 def test_random_bits_are_made_in_a_loop_of_their_own(programs):
     """Together with the logarithm that makes normal numbers of them, it would go without vectors."""
-    loops = programs[1].split("\n\n")
+    loops = programs[2].split("\n\n")
     assert sum("xor(" in loop for loop in loops) == 1
     assert sum("log-plus-one(" in loop for loop in loops) == 1
     assert not any("xor(" in loop and "log-plus-one(" in loop for loop in loops)

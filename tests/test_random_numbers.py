@@ -9,9 +9,9 @@ from freeflow.random_numbers import standard_normal
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (5, 3), (2, 3, 7), (3000, 3)])
-@pytest.mark.parametrize("n_keys", [1, 4, 7])
+@pytest.mark.parametrize("n_keys", [0, 1, 4, 7])
 def test_they_are_those_of_jax(n_keys, shape, dtype):
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(2**32 - 5), 7), n_keys)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(2**32 - 5), 7), 7)[:n_keys]
     found = jax.jit(jax.vmap(lambda key: standard_normal(key, shape, dtype)))(keys)
     np.testing.assert_array_equal(found, jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys))
     assert found.dtype == dtype

@@ -19,8 +19,8 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches. Fewer where arrays
-# of so many numbers come from far.
+# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches. Half as many from
+# `_FAR` numbers per component on, when whole arrays do not fit into the nearest caches.
 _TILE, _SMALL_TILE, _FAR = 2**13, 2**12, 2**16
 # Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
 _TOGETHER = ((3, 50), (2, 100), (1, 260))
@@ -121,7 +121,7 @@ class _Slots(NamedTuple):
     """Slots of a neighbour table, or a few of them."""
 
     partner: Any  # (..., n_atoms)
-    offset: Any  # (..., n_atoms, 3); or which of a list of them (..., n_atoms)
+    offset: Any  # (..., n_atoms, 3) for threads; which of a list of them (..., n_atoms) for tiles
     empty: Any  # (..., n_atoms), or None
 
 
@@ -137,7 +137,7 @@ class ByTiles(Walk):
     """
 
     def __init__(self, table: NeighbourTable, dtype: Any):
-        # A crystal has few different offsets: a number for each is a quarter of the memory.
+        # A crystal has few different offsets: with a number for each, slots take half the memory.
         distinct, which = _distinct(table.offset, 1e-12 * table.radius)
         self._table, self._slots = table, _both_ends(table, which, which + len(distinct))
         self._row_of = None if table.order is None else np.argsort(table.order).astype(np.int32)
@@ -197,8 +197,8 @@ class ByTiles(Walk):
                 for result, part in zip(results, sums, strict=True)
             )
 
-        # The loop writes over what sums begin with, or over numbers that differ: of equal ones XLA makes one array and
-        # copies it for all others, as it does with the zeros that results of `jax.lax.map` start from.
+        # The loop writes over what sums begin with, or over numbers that nobody reads. They differ, because of equal
+        # ones XLA makes one array and copies it for all others, as the zeros that results of `jax.lax.map` start from.
         blank = tuple(jnp.full_like(x[0], number) for number in range(task.n_sums))
         sums = jax.lax.fori_loop(0, shape[0], visited, begin or blank)
         return tuple(part.reshape(-1, batch) for part in sums)
@@ -367,13 +367,18 @@ def _shape(batch: int, width: int) -> tuple[int, int]:
 
 def _distinct(vectors: np.ndarray, resolution: float) -> tuple[np.ndarray, np.ndarray]:
     """Those vectors (..., 3) that differ, (n_distinct, 3), and which of them stands where, (...)."""
-    code = np.zeros(vectors.shape[:-1], np.int64)
-    for component in np.moveaxis(vectors, -1, 0):
-        _, of_component = np.unique(np.rint(component / resolution), return_inverse=True)
-        of_component = of_component.reshape(code.shape)
-        _, first, code = np.unique(code * code.size + of_component, return_index=True, return_inverse=True)
-        code = code.reshape(of_component.shape)
-    return vectors.reshape(-1, 3)[first], code.astype(np.int32)
+    flat = vectors.reshape(-1, 3)
+    steps = np.rint(flat / resolution)
+    # Neighbouring atoms often have the same offset in a slot: only the first of a run is looked at.
+    heads = np.flatnonzero(np.append(True, np.any(steps[1:] != steps[:-1], axis=1)))
+    code = np.zeros(len(heads), np.int64)
+    for component in steps[heads].T:
+        _, of_component = np.unique(component, return_inverse=True)
+        _, first, code = np.unique(code * len(heads) + of_component, return_index=True, return_inverse=True)
+    # Numbered as they come, so that those of neighbours lie close together.
+    code = np.argsort(np.argsort(first))[code].astype(np.int32)
+    which = np.repeat(code, np.diff(heads, append=len(flat)))
+    return flat[heads[np.sort(first)]], which.reshape(vectors.shape[:-1])
 
 
 def _both_ends(table: NeighbourTable, offset: np.ndarray, back: np.ndarray) -> _Slots:
