@@ -247,7 +247,7 @@ class ByTiles(Walk):
         if (shape, together) in self._ready:
             return self._ready[shape, together]
         n_slots, n_atoms = self._slots.partner.shape
-        fill = [(0, -n_slots % (2 * together)), (0, shape[0] * shape[1] - n_atoms)]
+        fill: Any = [(0, -n_slots % (2 * together)), (0, shape[0] * shape[1] - n_atoms)]
 
         def of_turns(values: np.ndarray, nothing: Any) -> np.ndarray:
             values = np.pad(values, fill, constant_values=nothing)
