@@ -100,13 +100,7 @@ def _solvent_kernel(potential: Potential, n: int, box_length: float, dtype: str)
     """All pairs at their nearest images."""
     if n > _TABLED and not walks.has_threads():
         return _without_table(potential, n, box_length, dtype)
-    by_atoms = pair_kernel(potential, _all_pairs(n, box_length), dtype)
-
-    def kernel(x: Array) -> tuple[Array, Array]:
-        energy, gradient = by_atoms(x)
-        return _total(energy), gradient
-
-    return kernel
+    return pair_kernel(potential, _all_pairs(n, box_length), dtype)
 
 
 def _without_table(potential: Potential, n: int, box_length: float, dtype: str) -> Callable[[Array], Any]:

@@ -333,12 +333,12 @@ def test_all_ways_find_the_same(monkeypatch, name, way):
         system = load(name)
         crystal, potential, table = system.crystal, system.potential, nearest_image_table(system.crystal)
     u = jnp.stack([thermal(crystal, 0.04, seed) for seed in range(3)])
-    monkeypatch.setattr(walks, "_together", lambda task: 0)  # every pair in XLA's own loops, all atoms in one tile
+    monkeypatch.setattr(walks, "_together", lambda *_: 0)  # every pair in XLA's own loops, all atoms in one tile
     plain, atoms = batched(potential, table)(u), _booked(potential, table, u)
     if way == "threads":
         monkeypatch.setattr(walks, "walk", walks.ByThreads)
     else:
-        monkeypatch.setattr(walks, "_together", lambda task: int(way[-1]))
+        monkeypatch.setattr(walks, "_together", lambda *_: int(way[-1]))
         monkeypatch.setattr(walks, "_TILE", 3 * crystal.n_atoms // 2 - 6)
     found = batched(potential, table)(u)
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-12)
@@ -369,10 +369,10 @@ def test_a_long_batch_of_few_atoms_takes_no_more_rows_than_that():
 
 
 def _booked(potential, table, u):
-    """Energies that the kernel books on the atoms (n_atoms, batch)."""
+    """Energies of the atoms (n_atoms, batch)."""
     from freeflow.potentials import core
 
-    return jax.jit(lambda u: core._kernel(potential, table, "float64")(u)[0])(jnp.moveaxis(u, 0, -1))
+    return jax.jit(core.atomic_energies(potential, table))(jnp.moveaxis(u, 0, -1))
 
 
 @pytest.mark.code("users")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
 from freeflow.potentials import moments, walks
-from freeflow.potentials.walks import Pair, Parts
+from freeflow.potentials.walks import Pair, Parts, Pass
 from freeflow.types import in_double_precision
 
 RadialFn = Callable[[Array], Array]  # of squared distances or of distances; elementwise
@@ -47,18 +47,19 @@ def with_slope(f: RadialFn, r2: Array) -> tuple[Array, Array]:
     return jax.jvp(f, (r2,), (jnp.ones_like(r2),))
 
 
+# Displacements (n_atoms, 3, batch) -> energies (batch,) in the widest precision, gradient (n_atoms, 3, batch).
 Kernel = Callable[[Array], tuple[Array, Array]]
 
 
-def _kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """(n_atoms, 3, batch) -> energies booked on the atoms (n_atoms, batch), gradient (n_atoms, 3, batch)."""
+def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, rest: np.ndarray) -> Kernel:
+    """That of the potential; energies are relative to those of atoms at rest (n_atoms,)."""
     if potential.weight is not None:
-        return _triplet_kernel(potential, potential.weight, table, dtype)
-    return pair_kernel(potential, table, dtype)
+        return _triplet_kernel(potential, potential.weight, table, dtype, rest)
+    return pair_kernel(potential, table, dtype, rest)
 
 
-def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kernel:
-    """Pair potentials, along the device's walk."""
+def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any, rest: np.ndarray | None = None) -> Kernel:
+    """Pair potentials, along the device's walk; energies of atoms less those at rest (n_atoms,), if they are given."""
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
@@ -66,13 +67,15 @@ def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any) -> Kern
         return (energy,), tuple(-2 * slope * component for component in pair.d)
 
     def pairs(u: Array) -> tuple[Array, Array]:
-        energy, *gradient = walk.total(push, walk.rows(u), 4, n_own=1)
-        return walk.atoms(energy), walk.vectors(gradient)
+        (energy,), gradient = walk.once(Pass(push, 1, 3), walk.rows(u), rest=rest)
+        return energy, walk.vectors(gradient)
 
     return pairs
 
 
-def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any) -> Kernel:
+def _triplet_kernel(
+    potential: Potential, weight: RadialFn, table: NeighbourTable, dtype: Any, rest: np.ndarray | None
+) -> Kernel:
     """Pairs and bond moments, along the device's walk."""
     walk = walks.walk(table, dtype)
     cosine = np.asarray(potential.cosine, dtype)
@@ -82,10 +85,9 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         bond = moments.of_bond(weight(pair.r2), pair.d, jnp.sqrt(pair.r2) / pair.r2)
         return (energy,), (*bond, *(-2 * slope * component for component in pair.d))
 
-    def finish(sums: Parts) -> Parts:
-        energy, *rest = sums
-        of_triplets, by = moments.energy_of(rest[:9], cosine)
-        return energy + of_triplets, *by, *rest[9:]
+    def finish(sums: Parts) -> tuple[Array, Parts, Parts]:
+        energy, by = moments.energy_of(sums[:9], cosine)
+        return energy, by, sums[9:]
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         return (), moments.gradient_on_start(
@@ -93,10 +95,9 @@ def _triplet_kernel(potential: Potential, weight: RadialFn, table: NeighbourTabl
         )
 
     def pairs_and_triplets(u: Array) -> tuple[Array, Array]:
-        x = walk.rows(u)
-        energy, *sums = walk.total(gather, x, 13, n_own=1, finish=finish)
-        gradient = walk.total(push, x, tuple(sums[9:]), fields=tuple(sums[:9]))
-        return walk.atoms(energy), walk.vectors(gradient)
+        sums = walk.twice(Pass(gather, 1, 12), finish, Pass(push, 0, 3), walk.rows(u), rest=rest)
+        (energy,), gradient = sums
+        return energy, walk.vectors(gradient)
 
     return pairs_and_triplets
 
@@ -123,10 +124,8 @@ def energy_and_gradient(
     rest = atomic_energies_at_rest(potential, table) if at_rest is None else at_rest
 
     def batched(u: Float[Array, "n 3 batch"]) -> tuple[Array, Array]:
-        atomic, gradient = _kernel(potential, table, dtype)(u.astype(dtype))
-        relative = atomic - np.asarray(rest, dtype)[:, None]
-        # Inside double_precision this is float64, outside it is what JAX allows.
-        total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
+        # Inside double_precision energies are summed in float64, outside it in what JAX allows.
+        total, gradient = _kernel(potential, table, dtype, rest)(u.astype(dtype))
         return total, gradient.astype(u.dtype)
 
     @jax.custom_batching.custom_vmap
@@ -192,16 +191,38 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
         return _compiled(lowered, known)
 
 
-@in_double_precision
-def atomic_energies_at_rest(potential: Potential, table: NeighbourTable) -> Float[np.ndarray, " n_atoms"]:
-    """Energy that the kernel books on every atom of the perfect lattice [energy].
+def atomic_energies(potential: Potential, table: NeighbourTable, dtype: str = "float64") -> Callable[[Array], Array]:
+    """A function of displacements (n_atoms, 3, batch) that returns the energies of atoms (n_atoms, batch) [energy].
 
-    It is the same for every table that holds all pairs within the cutoff.
+    An atom has half the energy of its pairs, and that of its own bond moments.
     """
-    # Compiled as the kernel is, to the same rounding: a lattice has exactly no energy relative to itself.
-    kernel = _kernel(potential, table, "float64")
+    walk = walks.walk(table, dtype)
+    weight, cosine = potential.weight, np.asarray(potential.cosine, dtype)
+
+    def visit(pair: Pair) -> tuple[Parts, Parts]:
+        half = 0.5 * with_slope(potential.pair, pair.r2)[0]  # to the kernel's rounding
+        if weight is None:
+            return (), (half,)
+        return (), (half, *moments.of_bond(weight(pair.r2), pair.d, jnp.sqrt(pair.r2) / pair.r2))
+
+    def energies(u: Array) -> Array:
+        half, *sums = walk.once(Pass(visit, 0, 1 if weight is None else 10), walk.rows(u)).shares
+        return walk.atoms(half + moments.energy_of(sums, cosine)[0] if sums else half)
+
+    return energies
+
+
+@in_double_precision
+def atomic_energies_at_rest(
+    potential: Potential, table: NeighbourTable, options: dict[str, Any] | None = None
+) -> Float[np.ndarray, " n_atoms"]:
+    """Energies of the atoms of the perfect lattice [energy], see `atomic_energies`.
+
+    They are the same for every table that holds all pairs within the cutoff. Without `options` for the compiler they
+    are compiled as kernels are, to the same rounding: a lattice has exactly no energy relative to itself.
+    """
     rest = np.zeros((table.partner.shape[1], 3, 1))
-    return run_once(lambda u: kernel(u)[0], rest)[:, 0]  # compiles no forces
+    return run_once(atomic_energies(potential, table), rest, options=options)[:, 0]
 
 
 def lattice_energy(potential: Potential, table: NeighbourTable) -> float:

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from freeflow.geometry import NeighbourTable
 from freeflow.potentials import moments, walks
-from freeflow.potentials.core import RUN_ONCE, Potential, run_once, with_slope
-from freeflow.potentials.walks import Pair, Parts
-from freeflow.types import Numeric, in_double_precision
+from freeflow.potentials.core import RUN_ONCE, Potential, atomic_energies_at_rest, with_slope
+from freeflow.potentials.walks import Pair, Parts, Pass
+from freeflow.types import Numeric
 
 DeformedEnergy = Callable[[Float[Array, "n 3"], Float[Array, "3 3"]], Float[Array, ""]]
 
@@ -29,7 +29,7 @@ _UPPER = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
 class _Sums(NamedTuple):
     """What a kernel finds."""
 
-    energy: Array  # (n_atoms, batch), booked on the atoms
+    energy: Array  # (batch,) in the widest precision, relative to the undeformed lattice
     gradient: Array  # (n_atoms, 3, batch) with respect to positions in the deformed cell
     virial: Array  # (3, 3, batch): sum over bonds of dU/dd d^T, symmetric
 
@@ -52,20 +52,18 @@ def deformed_energy(potential: Potential, table: NeighbourTable, dtype: str = "f
     """
     if table.box is not None:
         raise ValueError("nearest images are those of one fixed box; it cannot be deformed")
-    kernel = _pairs(potential, table, dtype) if potential.weight is None else _triplets(potential, table, dtype)
-    at_rest = _at_rest(kernel, table)
+    make = _pairs if potential.weight is None else _triplets
+    kernel = make(potential, table, dtype, atomic_energies_at_rest(potential, table, RUN_ONCE))
 
     def batched(u: Float[Array, "n 3 batch"], f: Float[Array, "3 3 batch"]) -> tuple[Array, Array, Array]:
         deformation = f.astype(dtype)
         sums = kernel(u.astype(dtype), deformation)
-        relative = sums.energy - np.asarray(at_rest, dtype)[:, None]
-        total = jnp.sum(relative, axis=0, dtype=jax.dtypes.canonicalize_dtype("float64"))
         by_u = jnp.stack(
             [_along(deformation[:, a, None], [sums.gradient[:, b] for b in range(3)]) for a in range(3)], axis=1
         )
         # dU/dF = sum dU/dd (F^-1 d)^T, from the virial sum dU/dd d^T.
         by_f = jnp.einsum("abk,cbk->ack", sums.virial, _inverse(deformation))
-        return total, by_u.astype(u.dtype), by_f.astype(f.dtype)
+        return sums.energy, by_u.astype(u.dtype), by_f.astype(f.dtype)
 
     def one_batch(u: Numeric, f: Numeric) -> tuple[Array, Array, Array]:
         total, by_u, by_f = batched(jnp.moveaxis(u, 0, -1), jnp.moveaxis(f, 0, -1))
@@ -108,13 +106,6 @@ def differentiable(batched: Callable[[Array, Array], tuple[Array, Array, Array]]
     return energy
 
 
-@in_double_precision
-def _at_rest(kernel: Callable[[Array, Array], _Sums], table: NeighbourTable) -> np.ndarray:
-    """Energy (n_atoms,) that a kernel books on every atom of the perfect lattice."""
-    rest, unit = np.zeros((table.partner.shape[1], 3, 1)), np.eye(3)[:, :, None]
-    return run_once(lambda u, f: kernel(u, f).energy, rest, unit, options=RUN_ONCE)[:, 0]  # compiles no forces
-
-
 def _inverse(f: Array) -> Array:
     """Inverses of matrices (3, 3, batch), by cofactors."""
     rows = [jnp.cross(f[(a + 1) % 3], f[(a + 2) % 3], axis=0) for a in range(3)]
@@ -137,31 +128,33 @@ def _deformed(pair: Pair) -> tuple[list[Array], Array]:
     return d, d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
 
 
-def _matrix(upper: Parts) -> Array:
-    """Symmetric matrices (3, 3, batch) from sums booked on atoms (n_atoms, batch)."""
-    total = {index: jnp.sum(part, axis=0) for index, part in zip(_UPPER, upper, strict=True)}
+def _matrix(upper: Sequence[Array]) -> Array:
+    """Symmetric matrices (3, 3, batch) from their components (batch,)."""
+    total = dict(zip(_UPPER, upper, strict=True))
     return jnp.stack([jnp.stack([total[min(a, b), max(a, b)] for b in range(3)]) for a in range(3)])
 
 
-def _pairs(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
-    """Pair potentials."""
+_Kernel = Callable[[Array, Array], _Sums]
+
+
+def _pairs(potential: Potential, table: NeighbourTable, dtype: str, rest: np.ndarray) -> _Kernel:
+    """Pair potentials; energies of atoms less those at rest (n_atoms,)."""
     walk = walks.walk(table, dtype)
 
     def visit(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
         value, slope = with_slope(potential.pair, r2)
-        pull = [-2 * slope * component for component in d]
-        return (value, *(-pull[a] * d[b] for a, b in _UPPER)), tuple(pull)
+        pull = tuple(-2 * slope * component for component in d)
+        return (value, *_virial(pull, d)), pull
 
     def kernel(u: Array, f: Array) -> _Sums:
-        sums = walk.total(visit, walk.rows(u), 10, n_own=7, common=_entries(f))
-        energy, virial, gradient = sums[0], sums[1:7], sums[7:]
-        return _Sums(walk.atoms(energy), walk.vectors(gradient), _matrix(virial))
+        (energy, *virial), gradient = walk.once(Pass(visit, 7, 3), walk.rows(u), _entries(f), rest)
+        return _Sums(energy, walk.vectors(gradient), _matrix(virial).astype(dtype))
 
     return kernel
 
 
-def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callable[[Array, Array], _Sums]:
+def _triplets(potential: Potential, table: NeighbourTable, dtype: str, rest: np.ndarray) -> _Kernel:
     """Pairs and bond moments; the energy is that of `Potential`, the two passes are those of the undeformed kernel."""
     assert potential.weight is not None
     weight, of_pair, cosine = potential.weight, potential.pair, np.asarray(potential.cosine, dtype)
@@ -170,24 +163,27 @@ def _triplets(potential: Potential, table: NeighbourTable, dtype: str) -> Callab
     def gather(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
         value, slope = with_slope(of_pair, r2)
-        pull = [-2 * slope * component for component in d]
-        bond = moments.of_bond(weight(r2), d, jnp.sqrt(r2) / r2)
-        return (value, *(-pull[a] * d[b] for a, b in _UPPER)), (*bond, *pull)
+        pull = tuple(-2 * slope * component for component in d)
+        return (value, *_virial(pull, d)), (*moments.of_bond(weight(r2), d, jnp.sqrt(r2) / r2), *pull)
 
-    def finish(sums: Parts) -> Parts:
-        of_triplets, by = moments.energy_of(sums[7:16], cosine)
-        return sums[0] + of_triplets, *sums[1:7], *by, *sums[16:]
+    def finish(sums: Parts) -> tuple[Array, Parts, Parts]:
+        energy, by = moments.energy_of(sums[:9], cosine)
+        return energy, by, sums[9:]
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
         d, r2 = _deformed(pair)
         pull = moments.gradient_on_start(pair.here, pair.there, d, jnp.sqrt(r2) / r2, with_slope(weight, r2))
-        return tuple(-pull[a] * d[b] for a, b in _UPPER), pull
+        return _virial(pull, d), pull
 
     def kernel(u: Array, f: Array) -> _Sums:
-        x, entries = walk.rows(u), _entries(f)
-        energy, *sums = walk.total(gather, x, 19, n_own=7, common=entries, finish=finish)
-        sums, by = (*sums[:6], *sums[15:]), tuple(sums[6:15])
-        sums = walk.total(push, x, sums, n_own=6, fields=by, common=entries)
-        return _Sums(walk.atoms(energy), walk.vectors(sums[6:]), _matrix(sums[:6]))
+        sums = walk.twice(Pass(gather, 7, 12), finish, Pass(push, 6, 3), walk.rows(u), _entries(f), rest)
+        (energy, *virials), gradient = sums
+        virial = [a + b for a, b in zip(virials[:6], virials[6:], strict=True)]
+        return _Sums(energy, walk.vectors(gradient), _matrix(virial).astype(dtype))
 
     return kernel
+
+
+def _virial(pull: Parts, d: Sequence[Array]) -> Parts:
+    """Components of what a pair adds to the virial, from the gradient on its start."""
+    return tuple(-pull[a] * d[b] for a, b in _UPPER)

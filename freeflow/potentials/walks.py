@@ -19,9 +19,8 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches. Half as many from
-# `_FAR` numbers per component on, when whole arrays do not fit into the nearest caches.
-_TILE, _SMALL_TILE, _FAR = 2**13, 2**12, 2**16
+# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches.
+_TILE = 2**13
 # Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
 _TOGETHER = ((3, 50), (2, 100), (1, 260))
 _SHORTEST = 4  # rows of samples that vectors are made of
@@ -43,20 +42,23 @@ class Pair(NamedTuple):
 
 # What the atom keeps of a pair, and what it shares. Elementwise arithmetic only: the shapes are those of the walk.
 Visit = Callable[[Pair], tuple[Parts, Parts]]
-Finish = Callable[[Parts], Parts]
+# An energy of an atom's shares, fields that the second pass wants to know at both ends, and what its shares begin with.
+Finish = Callable[[Parts], tuple[Array, Parts, Parts]]
 
 
-class Task(NamedTuple):
-    """What is to be summed; see `Walk.total`."""
+class Pass(NamedTuple):
+    """What is to be done with every pair."""
 
     visit: Visit
-    x: Sequence[Array]
-    n_sums: int
-    begin: Parts  # nothing, if sums begin with zeros
-    n_own: int
-    fields: Parts
-    common: Parts
-    finish: Finish
+    n_own: int  # of what atoms keep
+    n_shares: int  # of what both ends get
+
+
+class Sums(NamedTuple):
+    """What a walk finds."""
+
+    own: Parts  # of what atoms keep, over all of them, in the widest precision that JAX has switched on (batch,)
+    shares: Parts  # of what both ends get, by atoms (n_rows, batch)
 
 
 class Walk(ABC):
@@ -77,34 +79,41 @@ class Walk(ABC):
         """Vectors (n_atoms, 3, batch) of components (n_rows, batch) each, as `rows` makes them."""
         return self.atoms(jnp.stack(components, axis=1))
 
-    def total(
-        self,
-        visit: Visit,
-        x: Sequence[Array],
-        sums: int | Parts,
-        n_own: int = 0,
-        fields: Parts = (),
-        common: Parts = (),
-        finish: Finish = lambda sums: sums,
-    ) -> Parts:
-        """Sums over the pairs, (n_rows, batch) each: what atoms keep, then what they share.
+    @abstractmethod
+    def once(self, each: Pass, x: Sequence[Array], common: Parts = (), rest: np.ndarray | None = None) -> Sums:
+        """Sums over all pairs.
+
+        A visit sees a pair from either end. What atoms keep must be the same from both: on which of the two it is
+        booked is up to the walk.
 
         Args:
-            visit: What an atom keeps of a pair, and what both ends get of it. It sees a pair from either end. What
-                atoms keep must be the same from both: on which of the two it is booked is up to the walk.
+            each: What to do with a pair.
             x: What `rows` made of the displacements [length].
-            sums: How many there are, or what they begin with.
-            n_own: How many of them atoms keep.
-            fields: Arrays (n_rows, batch) that `visit` wants to know at both ends.
-            common: Arrays (batch,) that it wants to know besides.
-            finish: What to make of an atom's sums, as many; elementwise arithmetic, too.
+            common: Arrays (batch,) that visits want to know besides.
+            rest: What is taken off the first of what atoms keep before it is added up (n_atoms,).
         """
-        n_sums, begin = (sums, ()) if isinstance(sums, int) else (len(sums), sums)
-        return self._sums(Task(visit, x, n_sums, begin, n_own, fields, common, finish))
 
     @abstractmethod
-    def _sums(self, task: Task) -> Parts:
-        """What `finish` made of the sums."""
+    def twice(
+        self,
+        first: Pass,
+        finish: Finish,
+        second: Pass,
+        x: Sequence[Array],
+        common: Parts = (),
+        rest: np.ndarray | None = None,
+    ) -> Sums:
+        """Sums over all pairs that depend on sums over the pairs of either end.
+
+        Args:
+            first: What to do with a pair in the first pass.
+            finish: What to make of its shares. The energy goes to the first of what the atom keeps.
+            second: What to do in the second pass, which knows the fields. What atoms keep of it follows that of the
+                first pass.
+            x: As for `once`, and so are the rest.
+            common: See there.
+            rest: See there.
+        """
 
 
 def walk(table: NeighbourTable, dtype: Any) -> Walk:
@@ -158,9 +167,14 @@ class ByTiles(Walk):
         same lines of the caches one and all, and drive each other out.
         """
         n_atoms = self._table.partner.shape[1]
-        tile = _TILE if n_atoms * batch < _FAR else _SMALL_TILE
-        n_tiles = int(np.clip(round(n_atoms * batch / tile), 1, n_atoms)) | 1
+        n_tiles = int(np.clip(round(n_atoms * batch / _TILE), 1, n_atoms)) | 1
         return n_tiles, -(-n_atoms // n_tiles) | 1
+
+    def _reach(self, shape: tuple[int, int]) -> int:
+        """How many tiles away partners are at most, the last tile being next to the first."""
+        tiles, own = self._slots.partner // shape[1], np.arange(self._slots.partner.shape[1]) // shape[1]
+        away = (tiles - own) % shape[0]
+        return int(np.minimum(away, shape[0] - away).max())
 
     def rows(self, u: Array) -> list[Array]:
         """In the table's order, filled up to whole tiles."""
@@ -173,70 +187,153 @@ class ByTiles(Walk):
         """Back in the order of the atoms, without what was filled up."""
         return rows[: self._table.partner.shape[1]] if self._row_of is None else rows[self._row_of]
 
-    def _sums(self, task: Task) -> Parts:
-        batch = task.x[0].shape[1]
+    def once(self, each: Pass, x: Sequence[Array], common: Parts = (), rest: np.ndarray | None = None) -> Sums:
+        """One loop over the tiles."""
+        batch = x[0].shape[1]
         shape = self._shape(batch)
-        together = _together(task)
-        tables = self._tables(shape, max(1, together))
-        x, fields, begin = (
-            tuple(part.reshape(*shape, batch) for part in parts) for parts in (task.x, task.fields, task.begin)
+        visits, book = self._visits(each, x, common, shape), self._book(rest, shape, x[0].dtype)
+
+        def visited(tile: Array, sums: Sums) -> Sums:
+            own, shares = visits(tile)
+            return Sums(book(sums.own, own, tile), _put(sums.shares, shares, tile))
+
+        sums = jax.lax.fori_loop(
+            0, shape[0], visited, Sums(_nothing(each.n_own, batch), _blank(each.n_shares, x[0], *shape))
         )
+        return sums._replace(shares=tuple(part.reshape(-1, batch) for part in sums.shares))
 
-        def visited(tile: Array, results: Parts) -> Parts:
-            start, here, slots, first = jax.tree.map(
-                lambda part: jax.lax.dynamic_index_in_dim(part, tile, keepdims=False), (x, fields, tables, results)
-            )
-            zeros = (jnp.zeros_like(start[0]),) * task.n_sums
-            first = first if begin else zeros
-            sums = self._walked(task, start, here, (*zeros[: task.n_own], *first[task.n_own :]), slots, together)
-            # What atoms keep is booked half at either end.
-            own = (part + 0.5 * more for part, more in zip(first[: task.n_own], sums, strict=False))
-            sums = task.finish((*own, *sums[task.n_own :]))
-            return tuple(
-                jax.lax.dynamic_update_index_in_dim(result, part, tile, 0)
-                for result, part in zip(results, sums, strict=True)
-            )
+    def twice(
+        self,
+        first: Pass,
+        finish: Finish,
+        second: Pass,
+        x: Sequence[Array],
+        common: Parts = (),
+        rest: np.ndarray | None = None,
+    ) -> Sums:
+        """The second pass follows close behind the first, whose fields stand in a ring of tiles that caches hold.
 
-        # The loop writes over what sums begin with, or over numbers that nobody reads. They differ, because of equal
-        # ones XLA makes one array and copies it for all others, as the zeros that results of `jax.lax.map` start from.
-        blank = tuple(jnp.full_like(x[0], number) for number in range(task.n_sums))
-        sums = jax.lax.fori_loop(0, shape[0], visited, begin or blank)
-        return tuple(part.reshape(-1, batch) for part in sums)
+        It can visit a tile once the first has been to all that the tile's partners are in. Tiles at the beginning are
+        partners of those at the end, and the last to be visited: theirs stay outside of the ring.
+        """
+        batch = x[0].shape[1]
+        n_tiles, n_rows = shape = self._shape(batch)
+        reach = self._reach(shape)
+        stay, ring = 2 * reach, 2 * reach + 1
+        follows = stay + ring < n_tiles
+        n_places = stay + ring if follows else n_tiles
 
-    def _walked(
-        self, task: Task, start: Parts, here: Parts, sums: Parts, tables: tuple[_Slots, ...], together: int
-    ) -> Parts:
-        """Sums of a tile with what the slots of its tables give."""
-        common = tuple(row[None, None] for row in task.common)
-        start, here = (tuple(part[None] for part in parts) for parts in (start, here))
+        def place(number: Array, unit: int) -> Array:
+            """Where a tile's fields stand, or a row's."""
+            if not follows:
+                return number
+            return jnp.where(number < stay * unit, number, stay * unit + jax.lax.rem(number - stay * unit, ring * unit))
+
+        n_fields = len(jax.eval_shape(finish, (x[0],) * first.n_shares)[1])
+        gather, book = self._visits(first, x, common, shape), self._book(rest, shape, x[0].dtype)
+        push = self._visits(second, x, common, shape, n_fields, lambda row: place(row, n_rows))
+
+        def gathered(tile: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
+            fields, (kept, shares) = carry
+            own, sums = gather(tile)
+            energy, found, begin = finish(sums)
+            kept = (*book(kept[: first.n_own], (own[0] + energy, *own[1:]), tile), *kept[first.n_own :])
+            return _put(fields, found, place(tile, 1)), Sums(kept, _put(shares, begin, tile))
+
+        def pushed(tile: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
+            fields, (kept, shares) = carry
+            here, begin = _get(fields, place(tile, 1)), _get(shares, tile)
+            own, sums = push(tile, tuple(field.reshape(-1, batch) for field in fields), here, begin)
+            kept = (*kept[: first.n_own], *_added(kept[first.n_own :], own))
+            return fields, Sums(kept, _put(shares, sums, tile))
+
+        def both(step: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
+            # Loops of one turn or none: unlike branches they write where they have read.
+            carry = jax.lax.fori_loop(0, (step < n_tiles).astype(int), lambda _, carry: gathered(step, carry), carry)
+            behind = jax.lax.rem(step - reach, n_tiles)
+            return jax.lax.fori_loop(0, (step >= stay).astype(int), lambda _, carry: pushed(behind, carry), carry)
+
+        sums = Sums(_nothing(first.n_own + second.n_own, batch), _blank(second.n_shares, x[0], *shape))
+        carry = _blank(n_fields, x[0], n_places, n_rows, second.n_shares), sums
+        if follows:
+            _, sums = jax.lax.fori_loop(0, n_tiles + stay, both, carry)
+        else:
+            _, sums = jax.lax.fori_loop(0, n_tiles, pushed, jax.lax.fori_loop(0, n_tiles, gathered, carry))
+        return sums._replace(shares=tuple(part.reshape(-1, batch) for part in sums.shares))
+
+    def _book(self, rest: np.ndarray | None, shape: tuple[int, int], dtype: Any) -> Callable[..., Parts]:
+        """A function that adds what a tile's atoms keep to what all have kept, less what they would at rest."""
+        if rest is None:
+            return lambda kept, own, tile: _added(kept, own)
+        rest = rest if self._table.order is None else rest[self._table.order]
+        by_tiles = jnp.asarray(np.pad(rest, (0, np.prod(shape) - len(rest))).reshape(shape), dtype)
+
+        def book(kept: Parts, own: Parts, tile: Array) -> Parts:
+            return _added(kept, (own[0] - _get(by_tiles, tile)[:, None], *own[1:]))
+
+        return book
+
+    def _visits(
+        self,
+        each: Pass,
+        x: Sequence[Array],
+        common: Parts,
+        shape: tuple[int, int],
+        n_fields: int = 0,
+        place: Callable[[Array], Array] = lambda row: row,
+    ) -> Callable[..., tuple[Parts, Parts]]:
+        """A function that visits the pairs of one tile's atoms.
+
+        It takes the number of the tile, the fields of all atoms and of those in the tile, and what their shares begin
+        with, (n_rows, batch) each, and returns what atoms keep and their shares. `place` says where in the fields that
+        of a row stands.
+        """
+        batch = x[0].shape[1]
+        together = _together(each, x[0], n_fields, common)
+        tables = self._tables(shape, max(1, together))
+        by_tiles = tuple(part.reshape(*shape, batch) for part in x)
+        common = tuple(row[None, None] for row in common)
         offsets = [jnp.asarray(component) for component in self._offsets]
 
-        def bond(slots: _Slots) -> tuple[list[Array], Array]:
-            d = [offsets[a][slots.offset][..., None] + task.x[a][slots.partner] - start[a] for a in range(3)]
-            if self._box is not None:
-                d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
-            r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-            return d, r2 if slots.empty is None else jnp.where(slots.empty[..., None], self._nowhere, r2)
+        def visits(tile: Array, fields: Parts = (), here: Parts = (), begin: Parts = ()) -> tuple[Parts, Parts]:
+            start, slots_of_tile = _get((by_tiles, tables), tile)
+            zeros = jnp.zeros_like(start[0])
+            start, here = (tuple(part[None] for part in parts) for parts in (start, here))
 
-        def more(sums: Parts, slots: _Slots) -> Parts:
-            d, r2 = bond(slots)
-            own, shares = task.visit(Pair(d, r2, here, tuple(field[slots.partner] for field in task.fields), common))
-            parts = [jnp.broadcast_to(part, r2.shape) for part in (*own, *shares)]
-            if not together:
-                return tuple(total + part[0] for total, part in zip(sums, parts, strict=True))
-            parts = [jnp.concatenate([total[None], part]) for total, part in zip(sums, parts, strict=True)]
-            zeros = [np.zeros((), part.dtype) for part in parts]
-            return tuple(jax.lax.reduce(parts, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], (0,)))
+            def bond(slots: _Slots) -> tuple[list[Array], Array]:
+                d = [offsets[a][slots.offset][..., None] + x[a][slots.partner] - start[a] for a in range(3)]
+                if self._box is not None:
+                    d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
+                r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+                return d, r2 if slots.empty is None else jnp.where(slots.empty[..., None], self._nowhere, r2)
 
-        def step(carry: tuple[Parts, tuple[_Slots, ...]], after: tuple[_Slots, ...]) -> tuple[Any, None]:
-            sums, now = carry
-            for slots in now:
-                sums = more(sums, slots)
-            return (sums, after), None
+            def more(sums: Parts, slots: _Slots) -> Parts:
+                d, r2 = bond(slots)
+                there = tuple(field[place(slots.partner.astype(np.int32))] for field in fields)
+                own, shares = each.visit(Pair(d, r2, here, there, common))
+                parts = [jnp.broadcast_to(part, r2.shape) for part in (*own, *shares)]
+                if not together:
+                    return tuple(total + part[0] for total, part in zip(sums, parts, strict=True))
+                parts = [jnp.concatenate([total[None], part]) for total, part in zip(sums, parts, strict=True)]
+                nothing = [np.zeros((), part.dtype) for part in parts]
+                return tuple(
+                    jax.lax.reduce(parts, nothing, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], (0,))
+                )
 
-        now = jax.tree.map(lambda values: values[0], tables)
-        after = jax.tree.map(lambda values: jnp.roll(values, -1, axis=0), tables)
-        return jax.lax.scan(step, (sums, now), after)[0][0]
+            def step(carry: tuple[Parts, tuple[_Slots, ...]], after: tuple[_Slots, ...]) -> tuple[Any, None]:
+                sums, now = carry
+                for slots in now:
+                    sums = more(sums, slots)
+                return (sums, after), None
+
+            now = jax.tree.map(lambda values: values[0], slots_of_tile)
+            after = jax.tree.map(lambda values: jnp.roll(values, -1, axis=0), slots_of_tile)
+            sums = (*(zeros,) * each.n_own, *(begin or (zeros,) * each.n_shares))
+            sums = jax.lax.scan(step, (sums, now), after)[0][0]
+            # What atoms keep is booked half at either end.
+            return tuple(0.5 * part for part in sums[: each.n_own]), sums[each.n_own :]
+
+        return visits
 
     def _tables(self, shape: tuple[int, int], together: int) -> tuple[_Slots, _Slots]:
         """Slots of even and of odd turns; leading axes are tiles, turns, and the slots of a turn.
@@ -251,6 +348,8 @@ class ByTiles(Walk):
 
         def of_turns(values: np.ndarray, nothing: Any) -> np.ndarray:
             values = np.pad(values, fill, constant_values=nothing)
+            if values.dtype != bool:  # numbers as short as they can be: tables take as much memory as positions
+                values = values.astype(np.min_scalar_type(values.max()))
             return np.moveaxis(values.reshape(-1, 2, together, *shape), 3, 0)
 
         slots = _Slots(
@@ -291,15 +390,51 @@ class ByThreads(Walk):
         """Rows are those of the atoms."""
         return rows
 
-    def _sums(self, task: Task) -> Parts:
+    def once(self, each: Pass, x: Sequence[Array], common: Parts = (), rest: np.ndarray | None = None) -> Sums:
+        """One kernel."""
+        own, shares = self._visited(each, x, common)
+        return Sums(_total(own, rest), shares)
+
+    def twice(
+        self,
+        first: Pass,
+        finish: Finish,
+        second: Pass,
+        x: Sequence[Array],
+        common: Parts = (),
+        rest: np.ndarray | None = None,
+    ) -> Sums:
+        """Two kernels; what the first one's sums are made into never leaves the registers."""
+        fields: Parts = ()
+
+        def finished(own: Parts, sums: Parts) -> tuple[Parts, Parts]:
+            nonlocal fields
+            energy, fields, begin = finish(sums)
+            return (own[0] + energy, *own[1:]), (*fields, *begin)
+
+        own, shares = self._visited(first, x, common, finish=finished)
+        fields, begin = shares[: len(fields)], shares[len(fields) :]
+        more, shares = self._visited(second, x, common, fields, begin)
+        return Sums((*_total(own, rest), *_total(more)), shares)
+
+    def _visited(
+        self,
+        each: Pass,
+        x: Sequence[Array],
+        common: Parts,
+        fields: Parts = (),
+        begin: Parts = (),
+        finish: Callable[[Parts, Parts], tuple[Parts, Parts]] = lambda own, shares: (own, shares),
+    ) -> tuple[Parts, Parts]:
+        """What atoms keep and their shares, after `finish`, (n_atoms, batch) each."""
         from jax.experimental import pallas
         from jax.experimental.pallas import triton
 
-        (n_atoms, batch), dtype = task.x[0].shape, task.x[0].dtype
+        (n_atoms, batch), dtype = x[0].shape, x[0].dtype
         block, warps = _shape(batch, dtype.itemsize)
         filled = -batch % block
 
-        def kernel(counts, partner, offset, places, begin, others, shared, *results):
+        def kernel(counts, partner, offset, places, firsts, others, shared, *results):
             atom, samples = pallas.program_id(1), pallas.ds(pallas.program_id(0) * block, block)
             start, here = [place[atom, samples] for place in places], tuple(field[atom, samples] for field in others)
             row = tuple(field[samples] for field in shared)
@@ -310,39 +445,86 @@ class ByThreads(Walk):
                 if self._box is not None:
                     d = [d[a] - edge * jnp.floor(d[a] / edge + 0.5) for a, edge in enumerate(self._box)]
                 r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-                own, shares = task.visit(Pair(d, r2, here, tuple(field[other, samples] for field in others), row))
+                own, shares = each.visit(Pair(d, r2, here, tuple(field[other, samples] for field in others), row))
                 # What atoms keep is booked half at either end.
                 more = (*(0.5 * part for part in own), *shares)
                 return tuple(total + part for total, part in zip(carry, more, strict=True))
 
-            sums = tuple(first[atom, samples] for first in begin) or (jnp.zeros_like(start[0]),) * task.n_sums
-            sums = task.finish(jax.lax.fori_loop(jnp.int32(0), counts[atom], step, sums))
-            for result, total in zip(results, sums, strict=True):
+            zeros = jnp.zeros_like(start[0])
+            sums = tuple(first[atom, samples] for first in firsts) or (zeros,) * each.n_shares
+            sums = jax.lax.fori_loop(jnp.int32(0), counts[atom], step, (*(zeros,) * each.n_own, *sums))
+            own, sums = finish(sums[: each.n_own], sums[each.n_own :])
+            for result, total in zip(results, (*own, *sums), strict=True):
                 result[atom, samples] = total
 
-        n_results = len(jax.eval_shape(task.finish, (task.x[0],) * task.n_sums))
-        arguments = (list(task.x), task.begin, task.fields, task.common)
+        kinds = jax.eval_shape(finish, (x[0],) * each.n_own, (x[0],) * each.n_shares)
+        arguments = (list(x), begin, fields, common)
         if filled:
             arguments = jax.tree.map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, filled)]), arguments)
         sums = pallas.pallas_call(
             kernel,
             grid=((batch + filled) // block, n_atoms),
-            out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * n_results,
+            out_shape=(jax.ShapeDtypeStruct((n_atoms, batch + filled), dtype),) * sum(map(len, kinds)),
             compiler_params=triton.CompilerParams(num_warps=warps),
             interpret=jax.default_backend() == "cpu",
         )(self._counts, self._partner, self._offset, *arguments)
-        return tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
+        sums = tuple(part[:, :batch] for part in sums) if filled else tuple(sums)
+        return sums[: len(kinds[0])], sums[len(kinds[0]) :]
 
 
-def _together(task: Task) -> int:
+def _widest() -> np.dtype:
+    """The widest precision that JAX has switched on."""
+    return jax.dtypes.canonicalize_dtype("float64")
+
+
+def _nothing(number: int, batch: int) -> Parts:
+    """What atoms have kept before any is visited."""
+    return tuple(jnp.zeros(batch, _widest()) for _ in range(number))
+
+
+def _added(kept: Parts, own: Parts) -> Parts:
+    """What all atoms have kept, with that of some (n_some, batch)."""
+    return tuple(total + jnp.sum(part, axis=0, dtype=_widest()) for total, part in zip(kept, own, strict=True))
+
+
+def _total(own: Parts, rest: np.ndarray | None = None) -> Parts:
+    """What all atoms keep, from that of each (n_atoms, batch), less what the first of it would be at rest."""
+    if rest is not None:
+        own = (own[0] - jnp.asarray(rest, own[0].dtype)[:, None], *own[1:])
+    return _added(_nothing(len(own), own[0].shape[1]) if own else (), own)
+
+
+def _blank(number: int, like: Array, n_tiles: int, n_rows: int, first: int = 0) -> Parts:
+    """Arrays (n_tiles, n_rows, batch) of numbers that nobody reads.
+
+    The numbers differ, from `first` on: because of equal ones XLA makes one array and copies it for all others.
+    """
+    shape = (n_tiles, n_rows, like.shape[1])
+    return tuple(jnp.full(shape, first + k, like.dtype) for k in range(number))
+
+
+def _get(parts: Any, tile: Array) -> Any:
+    """Of arrays by tiles those of one tile."""
+    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, tile, keepdims=False), parts)
+
+
+def _put(into: Parts, parts: Parts, tile: Array) -> Parts:
+    """Arrays by tiles with those of one tile replaced."""
+    return tuple(
+        jax.lax.dynamic_update_index_in_dim(whole, part, tile, 0) for whole, part in zip(into, parts, strict=True)
+    )
+
+
+def _together(each: Pass, x: Array, n_fields: int, common: Parts) -> int:
     """Slots that one loop may visit; 0 if one is too many, and XLA's own loops are faster than one without vectors."""
-    single: Any = jax.ShapeDtypeStruct((), task.x[0].dtype)
-    fields, common = ((single,) * len(parts) for parts in (task.fields, task.common))
-    visit = jax.make_jaxpr(task.visit)(Pair([single] * 3, single, fields, fields, common))
+    single: Any = jax.ShapeDtypeStruct((), x.dtype)
+    fields, common = (single,) * n_fields, (single,) * len(common)
+    visit = jax.make_jaxpr(each.visit)(Pair([single] * 3, single, fields, fields, common))
     length = _length(visit.jaxpr, single.dtype.itemsize // 4)
-    if (single.dtype == np.float64 and common) or task.x[0].shape[1] < _SHORTEST:
+    if (single.dtype == np.float64 and common) or x.shape[1] < _SHORTEST:
         return 0
-    return next((slots for slots, most in _TOGETHER if length + 2 * task.n_sums <= most), 0)
+    n_sums = each.n_own + each.n_shares
+    return next((slots for slots, most in _TOGETHER if length + 2 * n_sums <= most), 0)
 
 
 def _length(jaxpr: Any, precision: int) -> int:
