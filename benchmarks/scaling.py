@@ -25,7 +25,9 @@ from freeflow.potentials import Potential, energy_and_gradient, lennard_jones, s
 from freeflow.preparation import batch_size
 
 MW = {("lam" if k == "lambda" else k): v for k, v in STILLINGER_WEBER_PRESETS["mw"].items() if k != "units"}
-EACH_CALL = 3e6  # atoms times samples times evaluations
+# Atoms times samples times evaluations of a compiled call, and evaluations at least: memory is new at each call, an
+# estimate makes one for many stages.
+EACH_CALL, AT_LEAST = 3e6, 16
 CASES = {  # lattice, number density, potential, repeats of the cubic cell
     "mW, cubic ice": ("diamond", 0.033567184, stillinger_weber(**MW), (4, 5, 8, 10, 16)),
     "LJ, fcc": ("fcc", 1.28, lennard_jones(cutoff=2.7), (5, 6, 8, 10, 12, 20)),
@@ -41,7 +43,7 @@ def way(lattice: str, density: float, potential: Potential, repeats: int, batch:
     u = np.random.default_rng(0).standard_normal((batch, n, 3)) * 0.04 * density ** (-1 / 3)
     u = jnp.asarray(u, jnp.float32)
     evaluate = jax.vmap(energy_and_gradient(potential, table, "float32"))
-    evaluations = repeatedly(evaluate, u, max(1, round(EACH_CALL / (batch * n))))
+    evaluations = repeatedly(evaluate, u, max(AT_LEAST, round(EACH_CALL / (batch * n))))
     return n, lambda: n * evaluations()
 
 

@@ -24,7 +24,7 @@ from freeflow import bridge, double_precision, load, references
 from freeflow.crystals import crystal_ensemble, energy_of
 from freeflow.preparation import batch_size
 
-EACH_CALL = 3e6  # atoms times walkers times stages
+EACH_CALL, AT_LEAST = 3e6, 16  # atoms times walkers times stages of a compiled call, and stages; see scaling.py
 REPEATS = (4, 10, 16)
 
 
@@ -40,7 +40,7 @@ def ways(system: Any, batch: int | None = None) -> dict[str, Once]:
     """Functions that do one piece of a stage over and over; all return atoms times walkers times stages."""
     crystal, state, energy = system.crystal, system.state, energy_of(system)
     batch = batch or batch_size(system.potential, crystal.n_atoms)
-    times = max(1, round(EACH_CALL / (batch * crystal.n_atoms)))
+    times = max(AT_LEAST, round(EACH_CALL / (batch * crystal.n_atoms)))
     blocks = references.harmonic_blocks(crystal, energy.force_constants(crystal.site_of[0]), float(state.beta))
     gaussian = jax.tree.map(jnp.asarray, references.gaussian_from_blocks(crystal, blocks))
     reach = SKIN * np.sqrt(2) * references.root_mean_square(crystal, blocks)

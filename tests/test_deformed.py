@@ -61,7 +61,8 @@ def test_other_ways_find_what_slots_do(monkeypatch, name, way):
     _, potential, u, f, table = case(name)
     value, gradients = evaluator(name)(jnp.asarray(u), jnp.asarray(f))
     monkeypatch.setattr(walks, "walk", way)
-    monkeypatch.setattr(walks, "_TILE", 6)
+    monkeypatch.setattr(walks, "_WHOLE", 0)
+    monkeypatch.setattr(walks, "_TILE", 7)
     threads, others = jax.jit(jax.value_and_grad(deformed_energy(potential, table), (0, 1)))(u, f)
     assert float(threads) == pytest.approx(float(value), rel=1e-11)
     for gradient, other in zip(gradients, others, strict=True):

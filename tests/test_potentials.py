@@ -339,6 +339,7 @@ def test_all_ways_find_the_same(monkeypatch, name, way):
         monkeypatch.setattr(walks, "walk", walks.ByThreads)
     else:
         monkeypatch.setattr(walks, "_together", lambda *_: int(way[-1]))
+        monkeypatch.setattr(walks, "_WHOLE", 0)
         monkeypatch.setattr(walks, "_TILE", 3 * crystal.n_atoms // 2 - 6)
     found = batched(potential, table)(u)
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-12)

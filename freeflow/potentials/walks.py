@@ -19,8 +19,9 @@ from freeflow.geometry import NeighbourTable
 
 Parts = tuple[Array, ...]
 
-# Numbers per component in a tile: many enough for a call to be worth it, few enough for the caches.
-_TILE = 2**13
+# Numbers per component that need no tiles, and in a tile: many enough for a call to be worth it, few enough for the
+# caches.
+_WHOLE, _TILE = 2**14, 6000
 # Slots that one loop visits, by the length of a visit up to which the compiler was seen to unroll so many.
 _TOGETHER = ((3, 50), (2, 100), (1, 260))
 _SHORTEST = 4  # rows of samples that vectors are made of
@@ -163,25 +164,22 @@ class ByTiles(Walk):
     def _shape(self, batch: int) -> tuple[int, int]:
         """Tiles, and rows of each.
 
-        Both are odd: arrays whose bytes are a multiple of a memory page, as those of 64 or 512 atoms are, lie in the
-        same lines of the caches one and all, and drive each other out.
+        Rows are odd, tiles no multiple of eight: arrays whose bytes are a multiple of a memory page, as those of 64 or
+        512 atoms are, lie in the same lines of the caches one and all, and drive each other out.
         """
         n_atoms = self._table.partner.shape[1]
-        n_tiles = int(np.clip(round(n_atoms * batch / _TILE), 1, n_atoms)) | 1
-        return n_tiles, -(-n_atoms // n_tiles) | 1
-
-    def _reach(self, shape: tuple[int, int]) -> int:
-        """How many tiles away partners are at most, the last tile being next to the first."""
-        tiles, own = self._slots.partner // shape[1], np.arange(self._slots.partner.shape[1]) // shape[1]
-        away = (tiles - own) % shape[0]
-        return int(np.minimum(away, shape[0] - away).max())
+        if n_atoms * batch <= _WHOLE:
+            return 1, n_atoms | 1
+        n_rows = max(1, round(_TILE / batch)) | 1
+        n_tiles = -(-n_atoms // n_rows)
+        return n_tiles + (n_tiles % 8 == 0), n_rows
 
     def rows(self, u: Array) -> list[Array]:
-        """In the table's order, filled up to whole tiles."""
+        """In the table's order, filled up to whole tiles with whatever atom's."""
         n_atoms, _, batch = u.shape
-        u = u if self._table.order is None else u[self._table.order]
-        fill = int(np.prod(self._shape(batch))) - n_atoms
-        return [jnp.pad(u[:, a], ((0, fill), (0, 0))) for a in range(3)]
+        order = np.arange(n_atoms) if self._table.order is None else self._table.order
+        order = np.pad(order, (0, int(np.prod(self._shape(batch))) - n_atoms)).astype(np.int32)
+        return [u[:, a][order] for a in range(3)]
 
     def atoms(self, rows: Array) -> Array:
         """Back in the order of the atoms, without what was filled up."""
@@ -197,9 +195,8 @@ class ByTiles(Walk):
             own, shares = visits(tile)
             return Sums(book(sums.own, own, tile), _put(sums.shares, shares, tile))
 
-        sums = jax.lax.fori_loop(
-            0, shape[0], visited, Sums(_nothing(each.n_own, batch), _blank(each.n_shares, x[0], *shape))
-        )
+        blank = Sums(_nothing(each.n_own, batch), _blank(each.n_shares, x[0], *shape))
+        sums = _loop(shape[0], visited, blank)
         return sums._replace(shares=tuple(part.reshape(-1, batch) for part in sums.shares))
 
     def twice(
@@ -211,62 +208,38 @@ class ByTiles(Walk):
         common: Parts = (),
         rest: np.ndarray | None = None,
     ) -> Sums:
-        """The second pass follows close behind the first, whose fields stand in a ring of tiles that caches hold.
-
-        It can visit a tile once the first has been to all that the tile's partners are in. Tiles at the beginning are
-        partners of those at the end, and the last to be visited: theirs stay outside of the ring.
-        """
+        """One loop over the tiles after the other; the second writes over what it begins with."""
         batch = x[0].shape[1]
-        n_tiles, n_rows = shape = self._shape(batch)
-        reach = self._reach(shape)
-        stay, ring = 2 * reach, 2 * reach + 1
-        follows = stay + ring < n_tiles
-        n_places = stay + ring if follows else n_tiles
-
-        def place(number: Array, unit: int) -> Array:
-            """Where a tile's fields stand, or a row's."""
-            if not follows:
-                return number
-            return jnp.where(number < stay * unit, number, stay * unit + jax.lax.rem(number - stay * unit, ring * unit))
-
+        shape = self._shape(batch)
         n_fields = len(jax.eval_shape(finish, (x[0],) * first.n_shares)[1])
         gather, book = self._visits(first, x, common, shape), self._book(rest, shape, x[0].dtype)
-        push = self._visits(second, x, common, shape, n_fields, lambda row: place(row, n_rows))
+        push = self._visits(second, x, common, shape, n_fields)
 
         def gathered(tile: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
             fields, (kept, shares) = carry
             own, sums = gather(tile)
             energy, found, begin = finish(sums)
-            kept = (*book(kept[: first.n_own], (own[0] + energy, *own[1:]), tile), *kept[first.n_own :])
-            return _put(fields, found, place(tile, 1)), Sums(kept, _put(shares, begin, tile))
+            kept = book(kept, (own[0] + energy, *own[1:]), tile)
+            return _put(fields, found, tile), Sums(kept, _put(shares, begin, tile))
 
-        def pushed(tile: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
-            fields, (kept, shares) = carry
-            here, begin = _get(fields, place(tile, 1)), _get(shares, tile)
-            own, sums = push(tile, tuple(field.reshape(-1, batch) for field in fields), here, begin)
-            kept = (*kept[: first.n_own], *_added(kept[first.n_own :], own))
-            return fields, Sums(kept, _put(shares, sums, tile))
+        blank = _blank(n_fields + second.n_shares, x[0], *shape)
+        start = blank[:n_fields], Sums(_nothing(first.n_own, batch), blank[n_fields:])
+        fields, (own, shares) = _loop(shape[0], gathered, start)
+        fields = tuple(field.reshape(-1, batch) for field in fields)
 
-        def both(step: Array, carry: tuple[Parts, Sums]) -> tuple[Parts, Sums]:
-            # Loops of one turn or none: unlike branches they write where they have read.
-            carry = jax.lax.fori_loop(0, (step < n_tiles).astype(int), lambda _, carry: gathered(step, carry), carry)
-            behind = jax.lax.rem(step - reach, n_tiles)
-            return jax.lax.fori_loop(0, (step >= stay).astype(int), lambda _, carry: pushed(behind, carry), carry)
+        def pushed(tile: Array, sums: Sums) -> Sums:
+            own, shares = push(tile, fields, _get(sums.shares, tile))
+            return Sums(_added(sums.own, own), _put(sums.shares, shares, tile))
 
-        sums = Sums(_nothing(first.n_own + second.n_own, batch), _blank(second.n_shares, x[0], *shape))
-        carry = _blank(n_fields, x[0], n_places, n_rows, second.n_shares), sums
-        if follows:
-            _, sums = jax.lax.fori_loop(0, n_tiles + stay, both, carry)
-        else:
-            _, sums = jax.lax.fori_loop(0, n_tiles, pushed, jax.lax.fori_loop(0, n_tiles, gathered, carry))
-        return sums._replace(shares=tuple(part.reshape(-1, batch) for part in sums.shares))
+        more, shares = _loop(shape[0], pushed, Sums(_nothing(second.n_own, batch), shares))
+        return Sums((*own, *more), tuple(part.reshape(-1, batch) for part in shares))
 
     def _book(self, rest: np.ndarray | None, shape: tuple[int, int], dtype: Any) -> Callable[..., Parts]:
         """A function that adds what a tile's atoms keep to what all have kept, less what they would at rest."""
         if rest is None:
             return lambda kept, own, tile: _added(kept, own)
         rest = rest if self._table.order is None else rest[self._table.order]
-        by_tiles = jnp.asarray(np.pad(rest, (0, np.prod(shape) - len(rest))).reshape(shape), dtype)
+        by_tiles = jnp.asarray(np.pad(rest, (0, int(np.prod(shape)) - len(rest))).reshape(shape), dtype)
 
         def book(kept: Parts, own: Parts, tile: Array) -> Parts:
             return _added(kept, (own[0] - _get(by_tiles, tile)[:, None], *own[1:]))
@@ -280,13 +253,11 @@ class ByTiles(Walk):
         common: Parts,
         shape: tuple[int, int],
         n_fields: int = 0,
-        place: Callable[[Array], Array] = lambda row: row,
     ) -> Callable[..., tuple[Parts, Parts]]:
         """A function that visits the pairs of one tile's atoms.
 
-        It takes the number of the tile, the fields of all atoms and of those in the tile, and what their shares begin
-        with, (n_rows, batch) each, and returns what atoms keep and their shares. `place` says where in the fields that
-        of a row stands.
+        It takes the number of the tile, the fields of all atoms and what shares in the tile begin with, (n_rows,
+        batch) each, and returns what atoms keep and their shares.
         """
         batch = x[0].shape[1]
         together = _together(each, x[0], n_fields, common)
@@ -295,13 +266,12 @@ class ByTiles(Walk):
         common = tuple(row[None, None] for row in common)
         offsets = [jnp.asarray(component) for component in self._offsets]
 
-        def visits(tile: Array, fields: Parts = (), here: Parts = (), begin: Parts = ()) -> tuple[Parts, Parts]:
+        def visits(tile: Array, fields: Parts = (), begin: Parts = ()) -> tuple[Parts, Parts]:
             start, slots_of_tile = _get((by_tiles, tables), tile)
-            zeros = jnp.zeros_like(start[0])
-            start, here = (tuple(part[None] for part in parts) for parts in (start, here))
+            zeros, rows = jnp.zeros_like(start[0]), tile * shape[1] + np.arange(shape[1], dtype=np.int32)
 
             def bond(slots: _Slots) -> tuple[list[Array], Array]:
-                d = [offsets[a][slots.offset][..., None] + x[a][slots.partner] - start[a] for a in range(3)]
+                d = [offsets[a][slots.offset][..., None] + x[a][slots.partner] - start[a][None] for a in range(3)]
                 if self._box is not None:
                     d = [d[a] - self._box[a] * jnp.round(d[a] / self._box[a]) for a in range(3)]
                 r2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
@@ -309,7 +279,11 @@ class ByTiles(Walk):
 
             def more(sums: Parts, slots: _Slots) -> Parts:
                 d, r2 = bond(slots)
-                there = tuple(field[place(slots.partner.astype(np.int32))] for field in fields)
+                partner = slots.partner.astype(np.int32)
+                # Fields of the tile are read where they stand: what is the same in all turns would be copied. No
+                # partner's number is negative, but XLA does not know.
+                here = tuple(field[rows + (partner[0] >> 31)][None] for field in fields)
+                there = tuple(field[partner] for field in fields)
                 own, shares = each.visit(Pair(d, r2, here, there, common))
                 parts = [jnp.broadcast_to(part, r2.shape) for part in (*own, *shares)]
                 if not together:
@@ -501,6 +475,11 @@ def _blank(number: int, like: Array, n_tiles: int, n_rows: int, first: int = 0) 
     """
     shape = (n_tiles, n_rows, like.shape[1])
     return tuple(jnp.full(shape, first + k, like.dtype) for k in range(number))
+
+
+def _loop(times: Any, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """`jax.lax.fori_loop` from 0, with numbers of 32 bits: with longer ones rows are not found as soon."""
+    return jax.lax.fori_loop(0, times, lambda number, carry: body(number.astype(np.int32), carry), start)
 
 
 def _get(parts: Any, tile: Array) -> Any:
