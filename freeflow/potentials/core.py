@@ -59,7 +59,14 @@ def _kernel(potential: Potential, table: NeighbourTable, dtype: Any, rest: np.nd
 
 
 def pair_kernel(potential: Potential, table: NeighbourTable, dtype: Any, rest: np.ndarray | None = None) -> Kernel:
-    """Pair potentials, along the device's walk; energies of atoms less those at rest (n_atoms,), if they are given."""
+    """Pair potentials, along the device's walk.
+
+    Args:
+        potential: What to evaluate [energy].
+        table: Neighbours; pairs outside it are not seen.
+        dtype: Precision of the kernel.
+        rest: Energies of the atoms at rest (n_atoms,) [energy], which are taken off; nothing, if there are none.
+    """
     walk = walks.walk(table, dtype)
 
     def push(pair: Pair) -> tuple[Parts, Parts]:
@@ -195,6 +202,11 @@ def atomic_energies(potential: Potential, table: NeighbourTable, dtype: str = "f
     """A function of displacements (n_atoms, 3, batch) that returns the energies of atoms (n_atoms, batch) [energy].
 
     An atom has half the energy of its pairs, and that of its own bond moments.
+
+    Args:
+        potential: What to evaluate [energy].
+        table: Neighbours; pairs outside it are not seen.
+        dtype: Precision of the kernel.
     """
     walk = walks.walk(table, dtype)
     weight, cosine = potential.weight, np.asarray(potential.cosine, dtype)
@@ -218,8 +230,13 @@ def atomic_energies_at_rest(
 ) -> Float[np.ndarray, " n_atoms"]:
     """Energies of the atoms of the perfect lattice [energy], see `atomic_energies`.
 
-    They are the same for every table that holds all pairs within the cutoff. Without `options` for the compiler they
-    are compiled as kernels are, to the same rounding: a lattice has exactly no energy relative to itself.
+    They are the same for every table that holds all pairs within the cutoff.
+
+    Args:
+        potential: What to evaluate [energy].
+        table: Neighbours; pairs outside it are not seen.
+        options: For the compiler. Without any they are compiled as kernels are, to the same rounding: a lattice has
+            exactly no energy relative to itself.
     """
     rest = np.zeros((table.partner.shape[1], 3, 1))
     return run_once(atomic_energies(potential, table), rest, options=options)[:, 0]
