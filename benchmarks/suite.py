@@ -140,12 +140,8 @@ def precision(quick: bool) -> list[Figure]:
                 / np.hypot(found.beta_f_per_atom_std_error, conventional.std_error),
                 "freeflow reliable": float(found.status == "converged"),
             }
-            wanted = (floor, aim) if flow is None else (None, None)
-            figures.append(
-                Figure(
-                    "evaluations to 1e-3, Frenkel-Ladd / freeflow", f"{name}, {way}", needed / spent, *wanted, numbers
-                )
-            )
+            measure = "evaluations to 1e-3, Frenkel-Ladd / freeflow"
+            figures.append(Figure(measure, f"{name}, {way}", needed / spent, floor, aim, numbers))
         if name != "lj_fcc_256" or not script.have_lammps():
             continue
         with script.lammps_way(system) as once:
