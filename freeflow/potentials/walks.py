@@ -468,16 +468,16 @@ def _total(own: Parts, rest: np.ndarray | None = None) -> Parts:
     return _added(_nothing(len(own), own[0].shape[1]) if own else (), own)
 
 
-def _blank(number: int, like: Array, n_tiles: int, n_rows: int, first: int = 0) -> Parts:
+def _blank(number: int, like: Array, n_tiles: int, n_rows: int) -> Parts:
     """Arrays (n_tiles, n_rows, batch) of numbers that nobody reads.
 
-    The numbers differ, from `first` on: because of equal ones XLA makes one array and copies it for all others.
+    The numbers differ: because of equal ones XLA makes one array and copies it for all others.
     """
     shape = (n_tiles, n_rows, like.shape[1])
-    return tuple(jnp.full(shape, first + k, like.dtype) for k in range(number))
+    return tuple(jnp.full(shape, k, like.dtype) for k in range(number))
 
 
-def _loop(times: Any, body: Callable[[Array, Any], Any], start: Any) -> Any:
+def _loop(times: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
     """`jax.lax.fori_loop` from 0, with numbers of 32 bits: with longer ones rows are not found as soon."""
     return jax.lax.fori_loop(0, times, lambda number, carry: body(number.astype(np.int32), carry), start)
 
